@@ -1,0 +1,169 @@
+"""The state machine on numpy pytrees: the specification that every adapter is held against."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from swa_core import trees
+from swa_core.errors import StructureError
+from swa_core.rules import Rule
+from swa_core.schedule import Schedule
+from swa_core.trees import Tree
+
+
+class SWAState(NamedTuple):
+    """The average and everything needed to go on with it; a pytree without registration.
+
+    Attributes:
+      updates: completed optimizer updates.
+      n_averaged: snapshots in the average.
+      n_skipped: snapshots left out because they held NaN or Inf.
+      total: the sum of the snapshots' weights relative to the newest, float64; see ``rules``.
+      average: the running average, of the structure of the weights, float32 or wider; leaves that
+        are not averaged (integers, booleans) are None. Before the first snapshot it holds the
+        initial weights.
+    """
+
+    updates: int
+    n_averaged: int
+    n_skipped: int
+    total: float
+    average: Tree
+
+
+def init(weights: Tree) -> SWAState:
+    """The state before the first update. Copies: the average shares no memory with the weights.
+
+    Args:
+      weights: a tree of arrays of any shape; half precision gets a float32 average.
+
+    >>> init({"w": np.zeros(2, np.float16), "steps": np.int32(3)}).average
+    {'w': array([0., 0.], dtype=float32), 'steps': None}
+    """
+    return SWAState(0, 0, 0, 0.0, trees.map_with_path(lambda path, leaf: _copy(leaf), weights))
+
+
+def update(
+    state: SWAState,
+    weights: Tree,
+    schedule: Schedule,
+    rule: Rule,
+    *,
+    nonfinite: str = "skip",
+) -> SWAState:
+    """The state after one more completed optimizer update, which led to ``weights``. Pure.
+
+    On a snapshot ``average <- average + (weights - average) / total`` with
+    ``total <- retain(n) * total + 1``; the first snapshot is copied.
+
+    Args:
+      state: the state before; it is not changed.
+      weights: the weights after the update, of the structure that ``init`` was given.
+      schedule: which updates are snapshots.
+      rule: how much each snapshot weighs.
+      nonfinite: "skip" leaves out a snapshot with NaN or Inf and counts it; "keep" does not look.
+
+    Raises:
+      StructureError: structure, shape or dtype differ from what the average holds (looked at on
+        snapshots only).
+
+    Source:
+      Izmailov et al. 2018, arXiv:1803.05407, Alg. 1.
+
+    >>> from swa_core import Schedule, Uniform
+    >>> state = init({"w": np.float32([1, 1])})
+    >>> for value in (2, 3, 4):
+    ...     state = update(state, {"w": np.float32([value, 0])}, Schedule(2, 1), Uniform())
+    >>> state.n_averaged, state.average["w"]
+    (2, array([3.5, 0. ], dtype=float32))
+    """
+    state = state._replace(updates=state.updates + 1)
+    if not schedule.is_snapshot(state.updates):
+        return state
+    new = _matched(state, weights)
+    if nonfinite == "skip" and not all(_is_finite(leaf) for leaf in new.values()):
+        return state._replace(n_skipped=state.n_skipped + 1)
+    if state.n_averaged:
+        total = float(rule.retain(float(state.n_averaged)) * state.total + 1.0)
+    else:
+        total = 1.0
+
+    def mixed(path: str, average: Any) -> Any:
+        if not state.n_averaged:
+            return _copy(new[path])
+        step = np.subtract(_widened(new[path], average.dtype), average)
+        step *= step.dtype.type(1.0 / total)
+        step += average
+        return step
+
+    return state._replace(
+        n_averaged=state.n_averaged + 1,
+        total=total,
+        average=trees.map_with_path(mixed, state.average),
+    )
+
+
+def _copy(leaf: Any) -> Any:
+    array = np.asarray(leaf)
+    if not trees.is_inexact(array.dtype):
+        return None
+    return array.astype(trees.accumulator_dtype(array.dtype), copy=True)
+
+
+def _widened(leaf: Any, dtype: np.dtype[Any]) -> Any:
+    return np.asarray(leaf).astype(dtype, copy=False)
+
+
+def _is_finite(leaf: Any) -> bool:
+    array = np.asarray(leaf)
+    return bool(np.isfinite(_widened(array, trees.accumulator_dtype(array.dtype))).all())
+
+
+def _matched(state: SWAState, weights: Tree) -> dict[str, Any]:
+    """The averaged leaves of ``weights`` by path, if they are those of the average."""
+    new = {
+        path: np.asarray(leaf)
+        for path, leaf in trees.leaves(weights)
+        if trees.is_inexact(np.asarray(leaf).dtype)
+    }
+    held = dict(trees.leaves(state.average))
+    what = f"cannot add snapshot {state.n_averaged + 1} at update {state.updates}"
+    hint = "every snapshot needs the same weights. If the model changed on purpose, start a new average."
+    check_leaves(held, new, what, hint)
+    return new
+
+
+def check_leaves(held: dict[str, Any], new: dict[str, Any], what: str, hint: str) -> None:
+    """Refuses leaves that differ from those of an average, naming the first that does.
+
+    Args:
+      held: the leaves of the average by path.
+      new: the leaves to be matched with it.
+      what: what cannot be done, the beginning of the message.
+      hint: what to do about it.
+
+    Raises:
+      StructureError: a leaf is missing, unexpected, or of another shape or accumulator dtype.
+    """
+    for path in held:
+        if path not in new:
+            raise StructureError(f"{what}: leaf '{path}' is missing.", hint=hint)
+    for path, leaf in new.items():
+        if path not in held:
+            raise StructureError(
+                f"{what}: leaf '{path}' is new; the running average does not hold it.", hint=hint
+            )
+        if leaf.shape != held[path].shape:
+            raise StructureError(
+                f"{what}: leaf '{path}' has shape {leaf.shape}, but the running average holds "
+                f"{held[path].shape}.",
+                hint=hint,
+            )
+        if trees.accumulator_dtype(leaf.dtype) != held[path].dtype:
+            raise StructureError(
+                f"{what}: leaf '{path}' has dtype {leaf.dtype}, but the running average holds "
+                f"{held[path].dtype}.",
+                hint=hint,
+            )

@@ -1,0 +1,225 @@
+"""What the user writes: one configuration for every framework."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from swa_core import config_files, config_reading
+from swa_core.errors import ConfigError, Fault
+from swa_core.learning_rate import LearningRate, LRSchedule
+from swa_core.rules import Rule, Uniform
+from swa_core.schedule import Schedule
+from swa_core.units import Missing, Time
+
+NonFinite = Literal["skip", "keep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SWAConfig:
+    """When to average, how much each snapshot weighs, and the learning rate meanwhile.
+
+    Times are "75%" (of the training), "160ep" (completed epochs) or "30000step" (updates).
+
+    Attributes:
+      start: the first snapshot.
+      every: the distance between snapshots.
+      stop: the last update that may be a snapshot; None for no end.
+      rule: how much each snapshot weighs: ``Uniform()``, ``EMA(decay)``, ``Polynomial(eta)``.
+      lr: the learning rate from the start on; None leaves it alone.
+      nonfinite: "skip" leaves a snapshot with NaN or Inf out and counts it; "keep" does not look.
+
+    Raises:
+      ConfigError: with everything that is wrong, each with its path.
+
+    >>> SWAConfig(start="160ep").schedule(steps_per_epoch=391).first
+    62560
+    >>> SWAConfig.from_dict({"start": 160, "evry": "1ep"})
+    Traceback (most recent call last):
+    swa_core.errors.ConfigError: 2 faults in the mapping
+      swa.start: 160 has no unit. Say "160ep" (epochs), "160step" (updates) or a share such as "75%".
+      swa.evry: unknown key. Did you mean "every"?
+    """
+
+    start: str = "75%"
+    every: str = "1ep"
+    stop: str | None = None
+    rule: Rule = Uniform()
+    lr: LearningRate | None = None
+    nonfinite: NonFinite = "skip"
+
+    def __post_init__(self) -> None:
+        if faults := config_reading.faults_of(self):
+            raise ConfigError(faults)
+
+    @classmethod
+    def of(cls, config: SWAConfig | Mapping[str, Any] | str | os.PathLike[str]) -> SWAConfig:
+        """A configuration from whatever an adapter was given: one, a mapping, or a path.
+
+        >>> SWAConfig.of({"start": "50%"}).start
+        '50%'
+        """
+        if isinstance(config, SWAConfig):
+            return config
+        if isinstance(config, Mapping):
+            return cls.from_dict(config)
+        if isinstance(config, (str, os.PathLike)):
+            return cls.load(config)
+        raise TypeError(
+            f"expected a SWAConfig, a mapping or the path of a file, got {type(config).__name__}"
+        )
+
+    @classmethod
+    def from_dict(
+        cls, mapping: Mapping[str, Any], *, source: str = "the mapping", path: str = "swa"
+    ) -> SWAConfig:
+        """Reads the keys of a ``[swa]`` table from any mapping (OmegaConf's, for example).
+
+        Args:
+          mapping: the fields, in the form that ``to_dict`` gives.
+          source: what to call the mapping in an error.
+          path: what to put before its keys in an error.
+
+        Raises:
+          ConfigError: with every fault found.
+        """
+        fields, faults = config_reading.read(mapping, path)
+        if faults:
+            raise ConfigError(faults, source=source)
+        return cls(**fields)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SWAConfig:
+        """Reads ``[swa]`` of a TOML or JSON file, or ``[tool.swa]`` of a pyproject.toml.
+
+        Raises:
+          ConfigError: the file holds no such table, or faults in it.
+          OSError: the file cannot be read.
+        """
+        table, key = config_files.read_table(Path(path))
+        return cls.from_dict(table, source=Path(path).name, path=key)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain strings, numbers and dicts; ``from_dict`` reads it back.
+
+        Keys that say nothing (``stop`` and ``lr`` when None) are left out.
+
+        >>> SWAConfig(start="50%").to_dict()
+        {'start': '50%', 'every': '1ep', 'rule': 'uniform', 'nonfinite': 'skip'}
+        """
+        return config_reading.write(self)
+
+    def dump(self, path: str | os.PathLike[str]) -> None:
+        """Writes a TOML or JSON file (by its suffix) that ``load`` reads back.
+
+        Raises:
+          ConfigError: another suffix, or a file with other tables stands there.
+        """
+        config_files.write_table(Path(path), self.to_dict())
+
+    def schedule(
+        self, *, steps_per_epoch: int | None = None, total_steps: int | None = None
+    ) -> Schedule:
+        """The snapshots in updates.
+
+        Args:
+          steps_per_epoch: updates per epoch: ``len(loader) // accumulation``.
+          total_steps: updates in all: ``epochs * steps_per_epoch``.
+
+        Raises:
+          ConfigError: a length that the configuration needs is missing, or no snapshot can come.
+
+        >>> SWAConfig(start="75%", every="1ep").schedule(steps_per_epoch=10, total_steps=42)
+        Schedule(start=40, every=10, stop=None)
+        """
+        lengths = _Lengths(steps_per_epoch, total_steps)
+        start = lengths.updates("start", self.start, whole_epochs=Time.parse(self.every).unit == "ep")
+        every = lengths.updates("every", self.every)
+        stop = lengths.updates("stop", self.stop, whole_epochs=Time.parse(self.every).unit == "ep")
+        lengths.raise_faults()
+        assert start is not None and every is not None
+        schedule = Schedule(start or every, every, stop)
+        if stop is not None and schedule.first > stop:
+            lengths.fault(
+                "stop",
+                f"{self.stop} is update {stop}, before the first snapshot at {schedule.first} "
+                f"(start {self.start}, every {self.every}). Stop later or start sooner.",
+            )
+        if total_steps is not None and schedule.first > total_steps:
+            lengths.fault(
+                "start",
+                f"{self.start} is update {schedule.first}, after the end of the training "
+                f"({total_steps} updates): no snapshot would be taken. Start sooner.",
+            )
+        lengths.raise_faults()
+        return schedule
+
+    def lr_schedule(
+        self, *, steps_per_epoch: int | None = None, total_steps: int | None = None
+    ) -> LRSchedule | None:
+        """The learning rate of ``[swa.lr]`` in updates, or None where there is none.
+
+        Args:
+          steps_per_epoch: as for ``schedule``.
+          total_steps: as for ``schedule``.
+
+        Raises:
+          ConfigError: as ``schedule``, and where ``every`` is no multiple of ``cycle``.
+        """
+        schedule = self.schedule(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+        if self.lr is None:
+            return None
+        lengths = _Lengths(steps_per_epoch, total_steps)
+        anneal = lengths.updates("lr.anneal", self.lr.anneal)
+        cycle = lengths.updates("lr.cycle", self.lr.cycle)
+        if cycle is not None and schedule.every % cycle:
+            lengths.fault(
+                "lr.cycle",
+                f"{self.lr.cycle} is {cycle} updates, and swa.every ({schedule.every}) is no "
+                "multiple of it, so snapshots would miss the low end of the cycles.",
+            )
+        lengths.raise_faults()
+        return LRSchedule(
+            schedule.start, self.lr.value, anneal or 0, self.lr.shape, cycle, self.lr.low
+        )
+
+
+class _Lengths:
+    """The lengths of one training, and what the configuration asks of them in vain."""
+
+    def __init__(self, steps_per_epoch: int | None, total_steps: int | None) -> None:
+        self.faults: list[Fault] = []
+        self.known = {
+            name: self._whole(name, value)
+            for name, value in (("steps_per_epoch", steps_per_epoch), ("total_steps", total_steps))
+        }
+        self.raise_faults()
+
+    def _whole(self, name: str, value: Any) -> int | None:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
+            self.faults.append(
+                Fault(name, f"expected a whole number of updates >= 1, got {value!r}.")
+            )
+            return None
+        return int(value.__index__())
+
+    def updates(self, key: str, text: str | None, *, whole_epochs: bool = False) -> int | None:
+        if text is None:
+            return None
+        try:
+            return Time.parse(text).updates(**self.known, whole_epochs=whole_epochs)
+        except Missing as missing:
+            self.fault(key, f"{text} {missing}")
+            return None
+
+    def fault(self, key: str, message: str) -> None:
+        self.faults.append(Fault(f"swa.{key}", message))
+
+    def raise_faults(self) -> None:
+        if self.faults:
+            raise ConfigError(self.faults, source="the schedule")

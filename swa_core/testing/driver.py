@@ -1,0 +1,86 @@
+"""What the conformance kit asks of an adapter: about 30 lines that drive it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from swa_core.config import SWAConfig
+
+Weights = dict[str, npt.NDArray[Any]]
+
+
+class Driver(Protocol):
+    """One training run in one framework, moved by script.
+
+    The kit chooses the weights that each update leads to; the driver makes the framework's real
+    training reach them (an optimizer that copies given values will do) and lets the adapter see
+    the update as it would in a user's loop.
+
+    Weights are flat dicts of numpy arrays by name. Integer and boolean arrays among them are what
+    a model holds beside its trainable weights (a torch buffer, a Keras seed, a leaf of a JAX tree).
+
+    Attributes:
+      expected_failures: names of checks that this adapter cannot pass, each with the reason. They
+        are still run, and one that passes after all is an error.
+    """
+
+    expected_failures: ClassVar[Mapping[str, str]] = {}
+
+    def start(
+        self,
+        weights: Weights,
+        config: SWAConfig,
+        *,
+        steps_per_epoch: int | None = None,
+        total_steps: int | None = None,
+        frozen: Collection[str] = (),
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
+        """Begins a training from ``weights``; called once, before everything else.
+
+        Args:
+          weights: the initial weights; the driver copies them.
+          config: what to average.
+          steps_per_epoch: updates per epoch, where the configuration needs it.
+          total_steps: updates in all, likewise.
+          frozen: names of weights that the optimizer must not train.
+          tied: second names of weights: {alias: name}; ``weights`` holds both, with equal values.
+        """
+
+    def train(self, weights: Weights) -> None:
+        """Makes one completed optimizer update, after which the training weights are ``weights``.
+
+        Frozen and integer leaves may change too; the driver sets those by hand. Weights of another
+        structure, shape or dtype stand for a model that was changed during the training.
+        """
+
+    def weights(self) -> Weights:
+        """Copies of the weights that the model would compute with now (also inside ``averaged``)."""
+
+    def average(self) -> Weights:
+        """Copies of the averaged weights, by name, in the dtype the average is kept in; leaves
+        that are not averaged may be left out. Reads as a user would: warnings pass through."""
+
+    def n_averaged(self) -> int:
+        """The number of snapshots in the average."""
+
+    def n_skipped(self) -> int:
+        """The number of snapshots left out because they held NaN or Inf."""
+
+    def averaged(self) -> AbstractContextManager[Any]:
+        """The adapter's context in which the model computes with the averaged weights."""
+
+    def finalize(self) -> None:
+        """Makes the average the model's weights for good."""
+
+    def save(self) -> Any:
+        """All that a user's checkpoint holds: the model's weights as they are now, then the
+        adapter's state, in a form that shares nothing with the running training."""
+
+    def load(self, saved: Any) -> None:
+        """Restores a checkpoint in a fresh training (after ``start``): the model first."""
