@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from swa_core.config import SWAConfig
@@ -60,7 +59,7 @@ class Driver(Protocol):
         """
 
     def weights(self) -> Weights:
-        """Copies of the weights that the model would compute with now (also inside ``averaged``)."""
+        """Copies of what the model would compute with now (also inside ``averaged``)."""
 
     def average(self) -> Weights:
         """Copies of the averaged weights, by name, in the dtype the average is kept in; leaves
