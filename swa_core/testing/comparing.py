@@ -50,7 +50,7 @@ def same_bits(actual: Mapping[str, Any], expected: Mapping[str, Any], what: str)
 def close(
     actual: Mapping[str, Any], expected: Mapping[str, Any], relative: float, what: str
 ) -> None:
-    """Requires the norm of the difference, over all leaves, to be small beside that of ``expected``.
+    """Requires the difference, over all leaves, to be small beside what is expected.
 
     Args:
       actual: the weights to judge.
