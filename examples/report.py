@@ -1,0 +1,103 @@
+"""The demo's table and plot, from the records of its runs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from record import LINE
+
+COLUMNS = ("last", "average", "average + update_bn", "annealed")
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean (0 for a single value).
+
+    >>> mean_and_error([1.0, 3.0])
+    (2.0, 1.0)
+    """
+    if len(values) == 1:
+        return values[0], 0.0
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def table(runs: dict[str, list[dict]]) -> str:
+    """A row per framework: snapshots, and accuracy and loss of the four kinds of weights."""
+    width = 24
+    lines = [
+        "",
+        "Test accuracy [%] and negative log-likelihood, mean and standard error over the seeds",
+        "",
+        f"{'':17s} {'snapshots':>9s}  " + "".join(f"{column:>{width}s}" for column in COLUMNS),
+    ]
+    for name, records in runs.items():
+        cells = []
+        for column in COLUMNS:
+            accuracies, losses = zip(*(record["scores"][column] for record in records), strict=True)
+            accuracy, accuracy_error = mean_and_error(list(accuracies))
+            loss, loss_error = mean_and_error(list(losses))
+            cells.append(f"{accuracy:.2f}±{accuracy_error:.2f} {loss:.4f}±{loss_error:.4f}")
+        count = len(records[0]["snapshots"])
+        lines.append(f"{name:17s} {count:>9d}  " + "".join(f"{cell:>{width}s}" for cell in cells))
+    return "\n".join([*lines, "", snapshots(runs), *changes(runs)])
+
+
+def snapshots(runs: dict[str, list[dict]]) -> str:
+    """Whether every run took the same snapshots, and which."""
+    taken = {name: {tuple(record["snapshots"]) for record in runs[name]} for name in runs}
+    if len(set().union(*taken.values())) == 1:
+        updates = ", ".join(map(str, next(iter(set().union(*taken.values())))))
+        return f"Snapshots are the same in every run, at updates {updates}."
+    told = "; ".join(f"{name}: {sorted(found)}" for name, found in taken.items())
+    return f"SNAPSHOTS DIFFER: {told}"
+
+
+def changes(runs: dict[str, list[dict]]) -> list[str]:
+    """For each framework, in how many seeds the average is better than the last weights."""
+    lines = []
+    for name, records in runs.items():
+        pairs = [
+            (record["scores"]["last"][1], record["scores"]["average + update_bn"][1])
+            for record in records
+        ]
+        better = sum(average < last for last, average in pairs)
+        difference, error = mean_and_error([average - last for last, average in pairs])
+        lines.append(
+            f"{name}: average - last = {difference:+.4f}±{error:.4f} nats, lower in {better} of "
+            f"{len(pairs)} seeds."
+        )
+    return lines
+
+
+def plot(runs: dict[str, list[dict]], path: Path) -> None:
+    """Writes the two panels, from the first seed of each framework, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (over_time, along_line) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    for number, (name, (first, *_)) in enumerate(runs.items()):
+        colour = f"C{number}"
+        epochs = range(1, len(first["last"]) + 1)
+        over_time.plot(epochs, first["last"], color=colour, alpha=0.45, label=f"{name}, running")
+        averaged = [(e, v) for e, v in zip(epochs, first["average"], strict=True) if v is not None]
+        over_time.plot(*zip(*averaged, strict=True), color=colour, lw=2.2, label=f"{name}, average")
+        along_line.plot(LINE, first["line"], color=colour, lw=2, label=name)
+    over_time.set(
+        xlabel="epoch", ylabel="test loss [nats]", yscale="log", title="Over the training"
+    )
+    along_line.set(
+        xlabel="0: last weights, 1: their average",
+        ylabel="test loss [nats]",
+        title="Along the line from the last weights to the average",
+    )
+    for place in (0, 1):
+        along_line.axvline(place, color="grey", lw=0.8, ls=":")
+    for axes in (over_time, along_line):
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,100 @@
+"""The project's commands: ``python -m nox -s tests``, ``-s demo``, ``-l`` for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "types", "docs", "tests", "wheel"]
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+GROUPS = PYPROJECT["dependency-groups"]
+CONSTRAINTS = Path("constraints.txt").resolve()
+KERAS_BACKENDS = ("jax", "tensorflow", "torch")
+
+
+def install(session: nox.Session, *packages: str) -> None:
+    """Installs with the tested versions, by pip: the CPU build of torch is found by it alone."""
+    session.install("--constraint", str(CONSTRAINTS), *packages)
+
+
+def run_tests(session: nox.Session) -> None:
+    """The tests, one process for each Keras backend."""
+    env = {"CI": session.env.get("CI", ""), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    first, *others = KERAS_BACKENDS
+    if session.posargs:
+        session.run("pytest", *session.posargs, env=env)
+        return
+    session.run("pytest", f"--keras-backend={first}", env=env)
+    for backend in others:
+        session.run(
+            "pytest",
+            f"--keras-backend={backend}",
+            "tests/adapter_keras",
+            "tests/differential",
+            "tests/test_conformance.py",
+            "-k",
+            "not TorchDriver and not OptaxDriver and not CoreDriver",
+            env=env,
+        )
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests, in every framework and on every Keras backend."""
+    install(session, "--editable", ".[all]", *GROUPS["test"])
+    run_tests(session)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, and the layering of the packages."""
+    install(session, *GROUPS["lint"])
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.env["PYTHONPATH"] = f"{Path.cwd()}:{Path.cwd() / 'adapters'}"
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Strict types of the core."""
+    install(session, *GROUPS["types"])
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Every example in a docstring, the README and the docs runs and prints what it says."""
+    install(session, "--editable", ".[all]", *GROUPS["test"])
+    session.run("pytest", "--doctest-modules", "swa_core", "adapters", env={"KERAS_BACKEND": "jax"})
+    session.run("pytest", "--adapters=none", "docs/test_readme.py")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The wheel, built and installed away from the checkout, does what the checkout does."""
+    install(session, "build", *GROUPS["test"])
+    out = session.create_tmp()
+    session.run("python", "-m", "build", "--wheel", "--outdir", out, silent=True)
+    (built,) = Path(out).glob("*.whl")
+    install(session, "--force-reinstall", "--no-deps", str(built))
+    session.chdir(out)
+    session.run("python", str(Path(__file__).parent / "tests" / "house" / "check_wheel.py"))
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The main job: digits in every framework from one swa.toml (``-- --help`` for more)."""
+    install(session, "--editable", ".[all]")
+    session.run("python", "examples/demo.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmarks; ratios to the peers, measured side by side."""
+    install(session, "--editable", ".[all]")
+    session.run("python", "benchmarks/overhead.py", *session.posargs)
