@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from swa_core.errors import StructureError
 from swa_core.rules import Rule
 from swa_core.schedule import Schedule
 from swa_core.trees import Tree
+
+NonFinite = Literal["skip", "keep"]
 
 
 class SWAState(NamedTuple):
@@ -39,9 +41,13 @@ def init(weights: Tree) -> SWAState:
     Args:
       weights: a tree of arrays of any shape; half precision gets a float32 average.
 
+    Raises:
+      StructureError: two leaves have the same path (the keys 1 and "1", for example).
+
     >>> init({"w": np.zeros(2, np.float16), "steps": np.int32(3)}).average
     {'w': array([0., 0.], dtype=float32), 'steps': None}
     """
+    trees.by_path(weights)
     return SWAState(0, 0, 0, 0.0, trees.map_with_path(lambda path, leaf: _copy(leaf), weights))
 
 
@@ -51,7 +57,7 @@ def update(
     schedule: Schedule,
     rule: Rule,
     *,
-    nonfinite: str = "skip",
+    nonfinite: NonFinite = "skip",
 ) -> SWAState:
     """The state after one more completed optimizer update, which led to ``weights``. Pure.
 
@@ -68,6 +74,7 @@ def update(
     Raises:
       StructureError: structure, shape or dtype differ from what the average holds (looked at on
         snapshots only).
+      ValueError: ``nonfinite`` is neither.
 
     Source:
       Izmailov et al. 2018, arXiv:1803.05407, Alg. 1.
@@ -79,6 +86,8 @@ def update(
     >>> state.n_averaged, state.average["w"]
     (2, array([3.5, 0. ], dtype=float32))
     """
+    if nonfinite not in ("skip", "keep"):
+        raise ValueError(f'nonfinite must be "skip" or "keep", got {nonfinite!r}')
     state = state._replace(updates=state.updates + 1)
     if not schedule.is_snapshot(state.updates):
         return state
@@ -87,22 +96,13 @@ def update(
         return state._replace(n_skipped=state.n_skipped + 1)
     if state.n_averaged:
         total = float(rule.retain(float(state.n_averaged)) * state.total + 1.0)
+        average = trees.map_with_path(
+            lambda path, held: _mixed(held, new[path], 1.0 / total), state.average
+        )
     else:
         total = 1.0
-
-    def mixed(path: str, average: Any) -> Any:
-        if not state.n_averaged:
-            return _copy(new[path])
-        step = np.subtract(_widened(new[path], average.dtype), average)
-        step *= step.dtype.type(1.0 / total)
-        step += average
-        return step
-
-    return state._replace(
-        n_averaged=state.n_averaged + 1,
-        total=total,
-        average=trees.map_with_path(mixed, state.average),
-    )
+        average = trees.map_with_path(lambda path, held: _copy(new[path]), state.average)
+    return state._replace(n_averaged=state.n_averaged + 1, total=total, average=average)
 
 
 def _copy(leaf: Any) -> Any:
@@ -112,27 +112,32 @@ def _copy(leaf: Any) -> Any:
     return array.astype(trees.accumulator_dtype(array.dtype), copy=True)
 
 
-def _widened(leaf: Any, dtype: np.dtype[Any]) -> Any:
-    return np.asarray(leaf).astype(dtype, copy=False)
+def _mixed(average: Any, new: Any, share: float) -> Any:
+    # An Inf that is kept on request meets itself as NaN, and that is no news.
+    with np.errstate(invalid="ignore"):
+        step = np.asarray(new.astype(average.dtype, copy=False) - average)
+        step *= average.dtype.type(share)
+        step += average
+    return step
 
 
 def _is_finite(leaf: Any) -> bool:
-    array = np.asarray(leaf)
-    return bool(np.isfinite(_widened(array, trees.accumulator_dtype(array.dtype))).all())
+    # isfinite knows the 8-bit floats of ml_dtypes only once they are widened.
+    return bool(np.isfinite(leaf.astype(trees.accumulator_dtype(leaf.dtype), copy=False)).all())
 
 
 def _matched(state: SWAState, weights: Tree) -> dict[str, Any]:
     """The averaged leaves of ``weights`` by path, if they are those of the average."""
-    new = {
-        path: np.asarray(leaf)
-        for path, leaf in trees.leaves(weights)
-        if trees.is_inexact(np.asarray(leaf).dtype)
-    }
-    held = dict(trees.leaves(state.average))
-    what = f"cannot add snapshot {state.n_averaged + 1} at update {state.updates}"
-    hint = "every snapshot needs the same weights. If the model changed on purpose, start a new average."
-    check_leaves(held, new, what, hint)
-    return new
+    held = trees.by_path(state.average)
+    new = {path: np.asarray(leaf) for path, leaf in trees.by_path(weights).items()}
+    check_leaves(
+        held,
+        new,
+        f"cannot add snapshot {state.n_averaged + 1} at update {state.updates}",
+        "every snapshot needs the same weights. If the model changed on purpose, start a new "
+        "average.",
+    )
+    return {path: new[path] for path in held}
 
 
 def check_leaves(held: dict[str, Any], new: dict[str, Any], what: str, hint: str) -> None:
@@ -140,30 +145,35 @@ def check_leaves(held: dict[str, Any], new: dict[str, Any], what: str, hint: str
 
     Args:
       held: the leaves of the average by path.
-      new: the leaves to be matched with it.
+      new: the leaves to be matched with it; those that are not averaged (integers, booleans) may
+        be among them.
       what: what cannot be done, the beginning of the message.
       hint: what to do about it.
 
     Raises:
       StructureError: a leaf is missing, unexpected, or of another shape or accumulator dtype.
     """
-    for path in held:
+    for path, average in held.items():
         if path not in new:
             raise StructureError(f"{what}: leaf '{path}' is missing.", hint=hint)
-    for path, leaf in new.items():
-        if path not in held:
-            raise StructureError(
-                f"{what}: leaf '{path}' is new; the running average does not hold it.", hint=hint
-            )
-        if leaf.shape != held[path].shape:
+        leaf = new[path]
+        if leaf.shape != average.shape:
             raise StructureError(
                 f"{what}: leaf '{path}' has shape {leaf.shape}, but the running average holds "
-                f"{held[path].shape}.",
+                f"{average.shape}.",
                 hint=hint,
             )
-        if trees.accumulator_dtype(leaf.dtype) != held[path].dtype:
+        averaged = trees.is_inexact(leaf.dtype)
+        if not averaged or trees.accumulator_dtype(leaf.dtype) != average.dtype:
             raise StructureError(
                 f"{what}: leaf '{path}' has dtype {leaf.dtype}, but the running average holds "
-                f"{held[path].dtype}.",
+                f"{average.dtype}.",
+                hint=hint,
+            )
+    for path, leaf in new.items():
+        if path not in held and trees.is_inexact(leaf.dtype):
+            raise StructureError(
+                f"{what}: leaf '{path}' of dtype {leaf.dtype} is not in the running average; it "
+                "is new, or was no floating-point array before.",
                 hint=hint,
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 
 class Fault(NamedTuple):
@@ -41,14 +42,11 @@ class ConfigError(SWAError, ValueError):
         number = f"{len(faults)} fault{'' if len(faults) == 1 else 's'}"
         super().__init__("\n  ".join([f"{number} in {source}", *map(str, faults)]))
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # An exception is pickled (from a worker process, say) by its printed message alone
-        # unless told otherwise.
-        return (_config_error, (list(self.faults), self.source))
-
-
-def _config_error(faults: list[Fault], source: str) -> ConfigError:
-    return ConfigError(faults, source=source)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By itself an exception is pickled (on its way from a worker process, say) by its printed
+        # message, which the constructor here does not take.
+        make = functools.partial(type(self), source=self.source)
+        return make, (list(self.faults),), self.__dict__
 
 
 class StructureError(SWAError, ValueError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +21,9 @@ VERSION = 1
 COUNTERS = {"updates": int, "n_averaged": int, "n_skipped": int, "total": float}
 
 
-def header(state: SWAState, schedule: Schedule | None = None, rule: Rule | None = None) -> dict[str, Any]:
+def header(
+    state: SWAState, schedule: Schedule | None = None, rule: Rule | None = None
+) -> dict[str, Any]:
     """Everything of a state but its arrays: version, counters, and what they were counted by.
 
     Plain ints, floats, strings, lists and dicts only, so that any format takes it.
@@ -47,46 +51,79 @@ def read_header(
       rule: likewise.
 
     Raises:
-      StateError: truncated, of a newer version, of another schedule or rule.
+      StateError: truncated, damaged, of a newer version, of another schedule or rule.
     """
     if not isinstance(saved, Mapping) or "version" not in saved:
         raise StateError(
             "this is no saved average: it has no version.", hint="load what state_to_dict returned."
         )
-    if not isinstance(saved["version"], int) or saved["version"] > VERSION:
+    if (version := _count(saved, "version")) > VERSION:
         raise StateError(
-            f"the saved average has version {saved['version']}, and this swa-core reads up to "
-            f"{VERSION}.",
+            f"the saved average has version {version}, and this swa-core reads up to {VERSION}.",
             hint="update swa-core.",
         )
     if missing := [name for name in COUNTERS if name not in saved]:
         raise StateError(
-            f"the saved average is truncated: {', '.join(missing)} missing.",
-            hint="load an earlier checkpoint.",
+            f"the saved average is truncated: {', '.join(missing)} missing.", hint=_EARLIER
         )
-    for name, now in (
-        ("schedule", schedule and list(schedule)),
-        ("rule", rule and write_rule(rule)),
-    ):
-        before = saved.get(name)
-        before = list(before) if name == "schedule" and before is not None else before
-        if now is not None and before is not None and before != now:
-            raise StateError(
-                f"the saved average was made with {name} {_say(name, before)}, and this training "
-                f"has {_say(name, now)}.",
-                hint="load it with the configuration and lengths it was saved with, or start a new "
-                "average.",
-            )
+    counters = {
+        name: _count(saved, name) if kind is int else _total(saved[name])
+        for name, kind in COUNTERS.items()
+    }
+    if counters["n_averaged"] and counters["total"] < 1:
+        raise _damaged(f"total is {counters['total']}, and at least 1 with any snapshot")
+    made_with = saved.get("schedule")
+    if schedule is not None and made_with is not None and _schedule(made_with) != schedule:
+        raise _of_another("schedule", _schedule(made_with), schedule)
+    made_with = saved.get("rule")
+    if rule is not None and made_with is not None and made_with != write_rule(rule):
+        raise _of_another("rule", made_with, write_rule(rule))
+    return counters
+
+
+_EARLIER = "load an earlier checkpoint."
+
+
+def _damaged(what: str) -> StateError:
+    return StateError(f"the saved average is damaged: {what}.", hint=_EARLIER)
+
+
+def _of_another(name: str, before: Any, now: Any) -> StateError:
+    return StateError(
+        f"the saved average was made with {name} {before!r}, and this training has {now!r}.",
+        hint="load it with the configuration and lengths it was saved with, or start a new "
+        "average.",
+    )
+
+
+def _count(saved: Mapping[str, Any], name: str) -> int:
+    value = saved[name]
     try:
-        return {name: kind(saved[name]) for name, kind in COUNTERS.items()}
-    except (TypeError, ValueError) as error:
-        raise StateError(
-            f"the saved average is damaged: {error}.", hint="load an earlier checkpoint."
-        ) from error
+        # What formats make of an int (a 0-d array, say) is one still; a bool or 7.5 never was.
+        count = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise _damaged(f"{name} is {value!r}, and should be a whole number")
+    return count
 
 
-def _say(name: str, value: Any) -> str:
-    return str(Schedule(*value)) if name == "schedule" else repr(value)
+def _total(value: Any) -> float:
+    try:
+        total = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        total = math.nan
+    if not 0 <= total < math.inf:
+        raise _damaged(f"total is {value!r}, and should be a number")
+    return total
+
+
+def _schedule(value: Any) -> Schedule:
+    try:
+        start, every, stop = value
+    except (TypeError, ValueError):
+        raise _damaged(f"schedule is {value!r}, and should be start, every and stop") from None
+    return Schedule(start, every, stop)
 
 
 def state_to_dict(
@@ -99,18 +136,14 @@ def state_to_dict(
       schedule: saved too, so that loading into another schedule is refused.
       rule: likewise.
 
+    Raises:
+      StructureError: two leaves have the same path.
+
     >>> state = SWAState(7, 2, 0, 2.0, {"dense": {"bias": np.zeros(1, np.float32)}})
     >>> state_to_dict(state)["average"]
     {'dense/bias': array([0.], dtype=float32)}
     """
-    average: dict[str, Any] = {}
-    for path, leaf in trees.leaves(state.average):
-        if path in average:
-            raise StateError(
-                f"two leaves have the path '{path}', so they cannot be saved apart.",
-                hint="use keys without '/'.",
-            )
-        average[path] = leaf
+    average = trees.by_path(state.average)
     return {**header(state, schedule, rule), "average": average}
 
 
@@ -141,16 +174,12 @@ def state_from_dict(
     counters = read_header(saved, schedule, rule)
     average = saved.get("average")
     if not isinstance(average, Mapping):
-        raise StateError(
-            "the saved average is truncated: its arrays are missing.",
-            hint="load an earlier checkpoint.",
-        )
+        raise StateError("the saved average is truncated: its arrays are missing.", hint=_EARLIER)
     held = {path: np.asarray(leaf) for path, leaf in average.items()}
-    now = {
-        path: np.asarray(leaf)
-        for path, leaf in trees.leaves(weights)
-        if trees.is_inexact(np.asarray(leaf).dtype)
-    }
+    for path, leaf in held.items():
+        if not trees.is_inexact(leaf.dtype):
+            raise _damaged(f"leaf '{path}' has dtype {leaf.dtype}, and should be floating-point")
+    now = {path: np.asarray(leaf) for path, leaf in trees.by_path(weights).items()}
     check_leaves(
         held, now, "cannot load the saved average", "load it into the model it was saved with."
     )

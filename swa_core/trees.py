@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from swa_core.errors import StructureError
+
 Tree = Any
 
 
-def children(tree: Tree) -> dict[str, Tree] | None:
+def children(tree: Tree) -> list[tuple[str, Tree]] | None:
     """The named branches of a node, or None for a leaf. None itself is a node without branches.
 
     >>> children({"a": 1}), children([5]), children(3)
-    ({'a': 1}, {'0': 5}, None)
+    ([('a', 1)], [('0', 5)], None)
     """
     if tree is None:
-        return {}
+        return []
     if isinstance(tree, Mapping):
-        return {str(key): branch for key, branch in tree.items()}
+        return [(str(key), branch) for key, branch in tree.items()]
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return dict(zip(tree._fields, tree, strict=True))
+        return list(zip(tree._fields, tree, strict=True))
     if isinstance(tree, (list, tuple)):
-        return {str(place): branch for place, branch in enumerate(tree)}
+        return [(str(place), branch) for place, branch in enumerate(tree)]
     return None
 
 
@@ -37,8 +40,30 @@ def leaves(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
     if branches is None:
         yield path, tree
     else:
-        for key, branch in branches.items():
+        for key, branch in branches:
             yield from leaves(branch, f"{path}/{key}" if path else key)
+
+
+def by_path(tree: Tree) -> dict[str, Any]:
+    """The leaves of a tree by their paths.
+
+    Raises:
+      StructureError: two leaves have the same path.
+
+    >>> by_path({"dense": {"kernel": 1}, "dense/kernel": 2})
+    Traceback (most recent call last):
+    swa_core.errors.StructureError: two leaves have the path 'dense/kernel'.
+    Hint: rename one of their keys; a '/' in it separates like one level of nesting.
+    """
+    found: dict[str, Any] = {}
+    for path, leaf in leaves(tree):
+        if path in found:
+            raise StructureError(
+                f"two leaves have the path '{path}'.",
+                hint="rename one of their keys; a '/' in it separates like one level of nesting.",
+            )
+        found[path] = leaf
+    return found
 
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Tree, path: str = "") -> Tree:
@@ -50,22 +75,26 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Tree, path: str = "
     branches = children(tree)
     if branches is None:
         return function(path, tree)
-    mapped = {
-        key: map_with_path(function, branch, f"{path}/{key}" if path else key)
-        for key, branch in branches.items()
-    }
+    mapped = [
+        map_with_path(function, branch, f"{path}/{key}" if path else key)
+        for key, branch in branches
+    ]
     if tree is None:
         return None
     if isinstance(tree, Mapping):
-        return _like(tree, zip(tree, mapped.values(), strict=True))
+        return _like(tree, dict(zip(tree, mapped, strict=True)))
     if hasattr(tree, "_fields"):
-        return type(tree)(*mapped.values())
-    return type(tree)(mapped.values())
+        return type(tree)(*mapped)
+    return type(tree)(mapped)
 
 
-def _like(tree: Mapping[Any, Any], items: Any) -> Any:
-    # A mapping of another type (OrderedDict, flax's FrozenDict) is asked to build its own kind.
-    return dict(items) if type(tree) is dict else type(tree)(items)  # type: ignore[call-arg]
+def _like(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the kind of ``tree`` (OrderedDict, flax's FrozenDict) with these items."""
+    if type(tree) is dict:
+        return items
+    if isinstance(tree, defaultdict):
+        return defaultdict(tree.default_factory, items)
+    return type(tree)(items)  # type: ignore[call-arg]
 
 
 def is_inexact(dtype: np.dtype[Any]) -> bool:
