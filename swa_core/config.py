@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from swa_core import config_files, config_reading
+from swa_core.averaging import NonFinite
 from swa_core.errors import ConfigError, Fault
 from swa_core.learning_rate import LearningRate, LRSchedule
 from swa_core.rules import Rule, Uniform
 from swa_core.schedule import Schedule
-from swa_core.units import Missing, Time
-
-NonFinite = Literal["skip", "keep"]
+from swa_core.units import MissingLengthError, Time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +37,17 @@ class SWAConfig:
 
     >>> SWAConfig(start="160ep").schedule(steps_per_epoch=391).first
     62560
-    >>> SWAConfig.from_dict({"start": 160, "evry": "1ep"})
+    >>> SWAConfig.from_dict({"evry": "1ep", "rule": "exponential"})
     Traceback (most recent call last):
     swa_core.errors.ConfigError: 2 faults in the mapping
-      swa.start: 160 has no unit. Say "160ep" (epochs), "160step" (updates) or a share such as "75%".
       swa.evry: unknown key. Did you mean "every"?
+      swa.rule: unknown rule "exponential". Known are uniform, ema, polynomial.
     """
 
     start: str = "75%"
     every: str = "1ep"
     stop: str | None = None
-    rule: Rule = Uniform()
+    rule: Rule = field(default_factory=Uniform)
     lr: LearningRate | None = None
     nonfinite: NonFinite = "skip"
 
@@ -58,6 +58,11 @@ class SWAConfig:
     @classmethod
     def of(cls, config: SWAConfig | Mapping[str, Any] | str | os.PathLike[str]) -> SWAConfig:
         """A configuration from whatever an adapter was given: one, a mapping, or a path.
+
+        Raises:
+          ConfigError: the mapping or file is faulty; see ``from_dict`` and ``load``.
+          OSError: the file cannot be read.
+          TypeError: it is none of these.
 
         >>> SWAConfig.of({"start": "50%"}).start
         '50%'
@@ -116,7 +121,8 @@ class SWAConfig:
         """Writes a TOML or JSON file (by its suffix) that ``load`` reads back.
 
         Raises:
-          ConfigError: another suffix, or a file with other tables stands there.
+          ConfigError: another suffix, or a file that holds something else stands there.
+          OSError: the file cannot be written.
         """
         config_files.write_table(Path(path), self.to_dict())
 
@@ -136,25 +142,9 @@ class SWAConfig:
         Schedule(start=40, every=10, stop=None)
         """
         lengths = _Lengths(steps_per_epoch, total_steps)
-        start = lengths.updates("start", self.start, whole_epochs=Time.parse(self.every).unit == "ep")
-        every = lengths.updates("every", self.every)
-        stop = lengths.updates("stop", self.stop, whole_epochs=Time.parse(self.every).unit == "ep")
+        schedule = self._schedule(lengths)
         lengths.raise_faults()
-        assert start is not None and every is not None
-        schedule = Schedule(start or every, every, stop)
-        if stop is not None and schedule.first > stop:
-            lengths.fault(
-                "stop",
-                f"{self.stop} is update {stop}, before the first snapshot at {schedule.first} "
-                f"(start {self.start}, every {self.every}). Stop later or start sooner.",
-            )
-        if total_steps is not None and schedule.first > total_steps:
-            lengths.fault(
-                "start",
-                f"{self.start} is update {schedule.first}, after the end of the training "
-                f"({total_steps} updates): no snapshot would be taken. Start sooner.",
-            )
-        lengths.raise_faults()
+        assert schedule is not None
         return schedule
 
     def lr_schedule(
@@ -162,29 +152,58 @@ class SWAConfig:
     ) -> LRSchedule | None:
         """The learning rate of ``[swa.lr]`` in updates, or None where there is none.
 
+        It counts from the first snapshot, also where ``start`` is 0.
+
         Args:
           steps_per_epoch: as for ``schedule``.
           total_steps: as for ``schedule``.
 
         Raises:
           ConfigError: as ``schedule``, and where ``every`` is no multiple of ``cycle``.
+
+        >>> config = SWAConfig(start="2ep", lr=LearningRate(value=0.05, anneal="1ep"))
+        >>> config.lr_schedule(steps_per_epoch=10)
+        LRSchedule(start=20, value=0.05, anneal=10, shape='cosine', cycle=None, low=None)
         """
-        schedule = self.schedule(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
-        if self.lr is None:
-            return None
         lengths = _Lengths(steps_per_epoch, total_steps)
-        anneal = lengths.updates("lr.anneal", self.lr.anneal)
-        cycle = lengths.updates("lr.cycle", self.lr.cycle)
-        if cycle is not None and schedule.every % cycle:
+        schedule = self._schedule(lengths)
+        lr = self.lr
+        anneal = lengths.updates("lr.anneal", lr.anneal) if lr else None
+        cycle = lengths.updates("lr.cycle", lr.cycle) if lr else None
+        if lr and schedule and cycle and schedule.every % cycle:
             lengths.fault(
                 "lr.cycle",
-                f"{self.lr.cycle} is {cycle} updates, and swa.every ({schedule.every}) is no "
-                "multiple of it, so snapshots would miss the low end of the cycles.",
+                f"{lr.cycle} is {cycle} updates, and swa.every ({schedule.every}) is no multiple "
+                "of it, so snapshots would miss the low end of the cycles.",
             )
         lengths.raise_faults()
-        return LRSchedule(
-            schedule.start, self.lr.value, anneal or 0, self.lr.shape, cycle, self.lr.low
-        )
+        if lr is None:
+            return None
+        assert schedule is not None
+        return LRSchedule(schedule.start, lr.value, anneal or 0, lr.shape, cycle, lr.low)
+
+    def _schedule(self, lengths: _Lengths) -> Schedule | None:
+        """The schedule; None if lengths are missing, with a fault for each."""
+        whole_epochs = Time.parse(self.every).unit == "ep"
+        start = lengths.updates("start", self.start, whole_epochs=whole_epochs)
+        every = lengths.updates("every", self.every)
+        stop = lengths.updates("stop", self.stop, whole_epochs=whole_epochs)
+        if start is None or every is None or (stop is None and self.stop is not None):
+            return None
+        schedule = Schedule(start or every, every, stop)
+        said = f"the first snapshot at {schedule.first} (start {self.start}, every {self.every})"
+        if stop is not None and schedule.first > stop:
+            lengths.fault(
+                "stop",
+                f"{self.stop} is update {stop}, before {said}. Stop later or start sooner.",
+            )
+        total_steps = lengths.known["total_steps"]
+        if total_steps is not None and schedule.first > total_steps:
+            lengths.fault(
+                "start",
+                f"the training ends at update {total_steps}, before {said}. Start sooner.",
+            )
+        return schedule
 
 
 class _Lengths:
@@ -193,27 +212,30 @@ class _Lengths:
     def __init__(self, steps_per_epoch: int | None, total_steps: int | None) -> None:
         self.faults: list[Fault] = []
         self.known = {
-            name: self._whole(name, value)
-            for name, value in (("steps_per_epoch", steps_per_epoch), ("total_steps", total_steps))
+            "steps_per_epoch": self._whole("steps_per_epoch", steps_per_epoch),
+            "total_steps": self._whole("total_steps", total_steps),
         }
         self.raise_faults()
 
     def _whole(self, name: str, value: Any) -> int | None:
         if value is None:
             return None
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
-            self.faults.append(
-                Fault(name, f"expected a whole number of updates >= 1, got {value!r}.")
-            )
-            return None
-        return int(value.__index__())
+        try:
+            # Not only ints: len() of a loader may come as numpy's or a framework's integer.
+            whole = 0 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            whole = 0
+        if whole < 1:
+            message = f"expected a whole number of updates >= 1, got {value!r}."
+            self.faults.append(Fault(name, message))
+        return whole
 
     def updates(self, key: str, text: str | None, *, whole_epochs: bool = False) -> int | None:
         if text is None:
             return None
         try:
             return Time.parse(text).updates(**self.known, whole_epochs=whole_epochs)
-        except Missing as missing:
+        except MissingLengthError as missing:
             self.fault(key, f"{text} {missing}")
             return None
 

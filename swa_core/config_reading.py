@@ -4,58 +4,62 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from swa_core.errors import Fault
 from swa_core.learning_rate import LearningRate
 from swa_core.rules import BY_NAME, Rule, name_of
-from swa_core.units import Time
+from swa_core.units import Time, number
 
 if TYPE_CHECKING:
     from swa_core.config import SWAConfig
 
-KEYS = ("start", "every", "stop", "rule", "lr", "nonfinite")
-_RULE_FORMS = 'expected "uniform" or a table such as { name = "ema", decay = 0.999 }'
-_LR_KEYS = tuple(field.name for field in fields(LearningRate))
+# A reader takes a value and its path, notes what is wrong with it, and returns what it means.
+Reader = Callable[[Any, str, list[Fault]], Any]
 
 
-def read(mapping: Mapping[str, Any], path: str) -> tuple[dict[str, Any], list[Fault]]:
-    """The fields of a ``SWAConfig`` in a mapping, and everything wrong with them."""
-    if not isinstance(mapping, Mapping):
-        return {}, [Fault(path, f"expected a table, got {mapping!r}.")]
-    faults = _unknown(mapping, KEYS, path)
-    found = {key: mapping[key] for key in KEYS if key in mapping}
-    for key, reader in (("rule", _read_rule), ("lr", _read_lr)):
-        if isinstance(found.get(key), (Mapping, str)):
-            value, wrong = reader(found.pop(key), f"{path}.{key}")
-            faults += wrong
-            if value is not None:
-                found[key] = value
-    faults += _faults(found, path)
-    # In the order of the file, so that they are found where they are read.
-    order = {f"{path}.{key}": place for place, key in enumerate(mapping)}
-    faults.sort(key=lambda fault: next(order[key] for key in order if _below(fault.path, key)))
-    return found, faults
+def read(table: Any, path: str) -> tuple[dict[str, Any], list[Fault]]:
+    """The fields of a ``SWAConfig`` in a table, and everything wrong with them.
+
+    Args:
+      table: what stands there; a rule or learning rate in it may be the object itself.
+      path: what to put before its keys in a fault.
+
+    Returns:
+      The fields, and the faults in the order of the table, after which come those that concern
+      several keys of ``lr`` together.
+    """
+    faults: list[Fault] = []
+    if not isinstance(table, Mapping):
+        return {}, [Fault(path, f"expected a table, got {table!r}.")]
+    return _read_table(table, _READERS, path, faults), faults
 
 
 def faults_of(config: SWAConfig) -> list[Fault]:
     """Everything wrong with the fields of a configuration, however they were set."""
-    return _faults({key: getattr(config, key) for key in KEYS}, "swa")
+    meant, faults = read(vars(config), "swa")
+    for key, expected in (
+        ("rule", "Uniform(), EMA(...) or Polynomial(...)"),
+        ("lr", "LearningRate(...) or None"),
+    ):
+        given = getattr(config, key)
+        if isinstance(given, (str, Mapping)) and meant[key] is not None:
+            message = f"expected {expected}, got {given!r}. SWAConfig.from_dict reads such."
+            faults.append(Fault(f"swa.{key}", message))
+    return faults
 
 
 def write(config: SWAConfig) -> dict[str, Any]:
     """The form of a configuration that ``read`` reads back."""
-    written: dict[str, Any] = {"start": config.start, "every": config.every}
-    if config.stop is not None:
-        written["stop"] = config.stop
+    written = _said(config)
     written["rule"] = write_rule(config.rule)
-    written["nonfinite"] = config.nonfinite
     if config.lr is not None:
-        written["lr"] = {
-            key: value for key in _LR_KEYS if (value := getattr(config.lr, key)) is not None
-        }
+        # A table in TOML takes all keys that follow, so it comes last.
+        del written["lr"]
+        written["lr"] = _said(config.lr)
     return written
 
 
@@ -66,26 +70,34 @@ def write_rule(rule: Rule) -> str | dict[str, Any]:
     >>> write_rule(Uniform()), write_rule(EMA(0.9))
     ('uniform', {'name': 'ema', 'decay': 0.9})
     """
-    parameters = {
-        field.name: value
-        for field in fields(rule)
-        if (value := getattr(rule, field.name)) is not None
+    name, numbers = name_of(rule), _said(rule)
+    return {"name": name, **numbers} if numbers else name
+
+
+def _said(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass, without those that are None."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _read_table(
+    table: Mapping[str, Any], readers: Mapping[str, Reader], path: str, faults: list[Fault]
+) -> dict[str, Any]:
+    return {
+        key: readers[key](value, f"{path}.{key}", faults)
+        for key, value in _known_items(table, readers, path, faults)
     }
-    name = name_of(rule)
-    return {"name": name, **parameters} if parameters else name
 
 
-def _below(path: str, key: str) -> bool:
-    return path == key or path.startswith(f"{key}.")
-
-
-def _unknown(mapping: Mapping[str, Any], known: Iterable[str], path: str) -> list[Fault]:
+def _known_items(
+    table: Mapping[str, Any], known: Iterable[str], path: str, faults: list[Fault]
+) -> Iterator[tuple[str, Any]]:
     known = list(known)
-    return [
-        Fault(f"{path}.{key}", f"unknown key. {_meant(str(key), known)}")
-        for key in mapping
-        if key not in known
-    ]
+    for key in table:
+        if key in known:
+            yield key, table[key]
+        else:
+            faults.append(Fault(f"{path}.{key}", f"unknown key. {_meant(str(key), known)}"))
 
 
 def _meant(word: str, known: Iterable[str]) -> str:
@@ -93,96 +105,106 @@ def _meant(word: str, known: Iterable[str]) -> str:
     return f'Did you mean "{close[0]}"?' if close else f"Known are {', '.join(known)}."
 
 
-def _read_rule(value: Mapping[str, Any] | str, path: str) -> tuple[Rule | None, list[Fault]]:
-    table: Mapping[str, Any] = {"name": value} if isinstance(value, str) else value
-    name = table.get("name")
-    if not isinstance(name, str):
-        return None, [Fault(path, f"{_RULE_FORMS}, got {value!r}.")]
-    kind = BY_NAME.get(name)
-    if kind is None:
-        return None, [Fault(path, f'unknown rule "{name}". {_meant(name, BY_NAME)}')]
-    known = [field.name for field in fields(kind)]
-    numbers = {key: table[key] for key in known if table.get(key) is not None}
-    faults = _unknown(table, ["name", *known], path)
-    faults += [
-        Fault(f"{path}.{key}", wrong)
-        for key, number in numbers.items()
-        if (wrong := _not_a_number(number))
-    ]
-    if faults:
-        return None, faults
-    try:
-        return kind(**numbers), []
-    except ValueError as error:
-        return None, [Fault(path, f"{error}.")]
-
-
-def _read_lr(value: Mapping[str, Any] | str, path: str) -> tuple[LearningRate | None, list[Fault]]:
-    if not isinstance(value, Mapping):
-        return None, [Fault(path, f"expected a table such as {{ value = 0.05 }}, got {value!r}.")]
-    faults = _unknown(value, _LR_KEYS, path)
-    faults += _lr_faults(value, path)
-    return (None, faults) if faults else (LearningRate(**value), [])
-
-
-def _faults(found: Mapping[str, Any], path: str) -> list[Fault]:
-    """What is wrong with the values of the fields that are there."""
-    faults: list[Fault] = []
-    for key in ("start", "every", "stop"):
-        if key in found and not (key == "stop" and found[key] is None):
-            faults += _time_faults(found[key], f"{path}.{key}", positive=key == "every")
-    if "rule" in found and not isinstance(found["rule"], Rule):
-        faults.append(Fault(f"{path}.rule", f"{_RULE_FORMS}, got {found['rule']!r}."))
-    lr = found.get("lr")
-    if isinstance(lr, LearningRate):
-        faults += _lr_faults(vars(lr), f"{path}.lr")
-    elif lr is not None:
-        faults.append(Fault(f"{path}.lr", f"expected a LearningRate, got {lr!r}."))
-    if "nonfinite" in found and found["nonfinite"] not in ("skip", "keep"):
-        faults.append(
-            Fault(f"{path}.nonfinite", f'expected "skip" or "keep", got {found["nonfinite"]!r}.')
-        )
-    return faults
-
-
-def _lr_faults(lr: Mapping[str, Any], path: str) -> list[Fault]:
-    wrong: dict[str, str] = {}
-    said = {key for key in _LR_KEYS if lr.get(key) is not None}
-    if "value" not in said:
-        wrong["value"] = "is missing: the rate to reach, a number > 0."
-    for key in {"value", "low"} & said:
-        if fault := _not_a_number(lr[key]) or ("" if lr[key] > 0 else "must be > 0."):
-            wrong[key] = fault
-    if "shape" in said and lr["shape"] not in ("cosine", "linear"):
-        wrong["shape"] = f'expected "cosine" or "linear", got {lr["shape"]!r}.'
-    if {"cycle", "anneal"} <= said:
-        wrong["cycle"] = "say either anneal or cycle, and not both."
-    elif "cycle" in said and "low" not in said:
-        wrong["low"] = "is missing: the rate at the end of each cycle."
-    elif "low" in said and "cycle" not in said:
-        wrong["low"] = "is for cyclical rates: say cycle too, or leave it out."
-    elif {"value", "low"} <= said - wrong.keys() and lr["low"] > lr["value"]:
-        wrong["low"] = f"must not lie above value ({lr['value']!r})."
-    times = [
-        fault
-        for key in ("anneal", "cycle")
-        if key in said and key not in wrong
-        for fault in _time_faults(lr[key], f"{path}.{key}", positive=key == "cycle")
-    ]
-    return [Fault(f"{path}.{key}", wrong[key]) for key in _LR_KEYS if key in wrong] + times
-
-
-def _time_faults(value: Any, path: str, *, positive: bool) -> list[Fault]:
+def _time(value: Any, path: str, faults: list[Fault], *, positive: bool = False) -> Any:
     try:
         time = Time.parse(value)
     except ValueError as error:
-        return [Fault(path, str(error))]
-    if positive and not time.value:
-        return [Fault(path, f'{value!r} must be more than 0, for example "1ep" or "1step".')]
-    return []
+        faults.append(Fault(path, str(error)))
+    else:
+        if positive and not time.value:
+            message = f'{value!r} must be more than 0, for example "1ep" or "1step".'
+            faults.append(Fault(path, message))
+    return value
 
 
-def _not_a_number(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return f"expected a number, got {value!r}."
-    return "" if math.isfinite(value) else f"expected a finite number, got {value!r}."
+def _rate(value: Any, path: str, faults: list[Fault]) -> Any:
+    """A learning rate; None in place of one that is wrong."""
+    rate = number(value)
+    if rate is not None and 0 < rate < math.inf:
+        return value
+    faults.append(Fault(path, f"expected a number > 0, got {value!r}."))
+    return None
+
+
+def _choice(value: Any, path: str, faults: list[Fault], *, of: tuple[str, str]) -> Any:
+    if not (isinstance(value, str) and value in of):
+        faults.append(Fault(path, f'expected "{of[0]}" or "{of[1]}", got {value!r}.'))
+    return value
+
+
+def _optional(reader: Reader) -> Reader:
+    def read_unless_none(value: Any, path: str, faults: list[Fault]) -> Any:
+        return None if value is None else reader(value, path, faults)
+
+    return read_unless_none
+
+
+def _rule(value: Any, path: str, faults: list[Fault]) -> Rule | None:
+    if type(value) in BY_NAME.values():
+        rule: Rule = value
+        return rule
+    table = {"name": value} if isinstance(value, str) else value
+    name = table["name"] if isinstance(table, Mapping) and "name" in table else None
+    if not isinstance(name, str):
+        forms = 'expected "uniform" or a table such as { name = "ema", decay = 0.999 }'
+        faults.append(Fault(path, f"{forms}, got {value!r}."))
+        return None
+    if name not in BY_NAME:
+        faults.append(Fault(path, f'unknown rule "{name}". {_meant(name, BY_NAME)}'))
+        return None
+    defaults = {field.name: field.default for field in fields(BY_NAME[name])}
+    so_far = len(faults)
+    numbers = {}
+    for key, given in _known_items(table, ("name", *defaults), path, faults):
+        if key == "name" or (given is None and defaults[key] is None):
+            continue
+        if number(given) is None:
+            faults.append(Fault(f"{path}.{key}", f"expected a number, got {given!r}."))
+        numbers[key] = given
+    if len(faults) == so_far:
+        try:
+            return BY_NAME[name](**numbers)
+        except ValueError as error:
+            faults.append(Fault(path, f"{error}."))
+    return None
+
+
+def _lr(value: Any, path: str, faults: list[Fault]) -> LearningRate | None:
+    table = vars(value) if isinstance(value, LearningRate) else value
+    if not isinstance(table, Mapping):
+        message = f"expected a table such as {{ value = 0.05 }}, got {value!r}."
+        faults.append(Fault(path, message))
+        return None
+    so_far = len(faults)
+    read = _read_table(table, _LR_READERS, path, faults)
+    rate, low = read.get("value"), read.get("low")
+    cyclical = read.get("cycle") is not None
+    if "value" not in read:
+        faults.append(Fault(f"{path}.value", "is missing: the rate to reach, a number > 0."))
+    if cyclical and read.get("anneal") is not None:
+        faults.append(Fault(f"{path}.cycle", "say either anneal or cycle, and not both."))
+    elif cyclical and ("low" not in table or table["low"] is None):
+        faults.append(Fault(f"{path}.low", "is missing: the rate at the end of each cycle."))
+    elif low is not None and not cyclical:
+        message = "is for cyclical rates: say cycle too, or leave it out."
+        faults.append(Fault(f"{path}.low", message))
+    elif low is not None and rate is not None and low > rate:
+        faults.append(Fault(f"{path}.low", f"must not lie above value ({rate!r})."))
+    return LearningRate(**read) if len(faults) == so_far else None
+
+
+_READERS: dict[str, Reader] = {
+    "start": _time,
+    "every": partial(_time, positive=True),
+    "stop": _optional(_time),
+    "rule": _rule,
+    "lr": _optional(_lr),
+    "nonfinite": partial(_choice, of=("skip", "keep")),
+}
+_LR_READERS: dict[str, Reader] = {
+    "value": _rate,
+    "anneal": _optional(_time),
+    "shape": partial(_choice, of=("cosine", "linear")),
+    "cycle": _optional(partial(_time, positive=True)),
+    "low": _optional(_rate),
+}

@@ -33,6 +33,12 @@ class LearningRate:
     cycle: str | None = None
     low: float | None = None
 
+    def __post_init__(self) -> None:
+        # A numpy scalar would bring its dtype into the arithmetic, and cannot go into a file.
+        for name in ("value", "low"):
+            if isinstance(rate := getattr(self, name), np.generic):
+                object.__setattr__(self, name, rate.item())
+
 
 class LRSchedule(NamedTuple):
     """A ``LearningRate`` in updates, as ``SWAConfig.lr_schedule`` resolves it.

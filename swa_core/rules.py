@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from swa_core.units import number
+
 
 @dataclass(frozen=True)
 class Uniform:
@@ -43,16 +45,23 @@ class Uniform:
         return 1.0 / n
 
     def effective_snapshots(self, n: int) -> float:
-        """How many equally weighted snapshots would average away as much noise: n."""
+        """How many equally weighted snapshots would average away as much noise: n.
+
+        Args:
+          n: snapshots in the average [>= 0].
+        """
         return float(n)
 
     def mean_age(self, n: int) -> float:
         """The mean age of what is in the average [snapshots; the newest has age 0].
 
+        Args:
+          n: snapshots in the average [>= 0]; the age of nothing is NaN.
+
         >>> Uniform().mean_age(11)
         5.0
         """
-        return (n - 1) / 2
+        return (n - 1) / 2 if n else math.nan
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,9 @@ class EMA:
         Counted in snapshots: averaging every k updates takes ``decay ** k``.
       half_life: the same said in time: after so many snapshots a weight has halved [> 0].
         Exactly one of the two is given.
+
+    Raises:
+      ValueError: both or neither, no number, or out of range.
 
     Source:
       Kingma & Ba 2015, arXiv:1412.6980, sec. 3 (the debiasing).
@@ -83,12 +95,12 @@ class EMA:
     def __post_init__(self) -> None:
         if (self.decay is None) == (self.half_life is None):
             raise ValueError("say either decay or half_life, and not both")
-        if self.decay is not None and not 0 < self.decay < 1:
+        if self.decay is not None and not 0 < _set_float(self, "decay") < 1:
             raise ValueError(
                 f"decay must lie between 0 and 1, got {self.decay!r} "
                 '(1 would be the rule "uniform")'
             )
-        if self.half_life is not None and not 0 < self.half_life < math.inf:
+        if self.half_life is not None and not 0 < _set_float(self, "half_life") < math.inf:
             raise ValueError(
                 f"half_life must be a positive number of snapshots, got {self.half_life!r}"
             )
@@ -97,9 +109,12 @@ class EMA:
     def log_decay(self) -> float:
         """The logarithm of the decay, exact also where the decay rounds to 1."""
         if self.half_life is not None:
-            return -math.log(2) / self.half_life
-        assert self.decay is not None
-        return math.log(self.decay)
+            h = math.log(2) / self.half_life
+        else:
+            assert self.decay is not None
+            h = -math.log(self.decay)
+        # Beyond these bounds nothing changes any more, but float32 would under- or overflow.
+        return -min(max(h, 1e-30), 700.0)
 
     def retain(self, n: Any) -> Any:
         """The share of ``total`` kept when another snapshot joins: the decay."""
@@ -121,24 +136,34 @@ class EMA:
     def effective_snapshots(self, n: int) -> float:
         """How many equally weighted snapshots would average away as much noise.
 
+        Args:
+          n: snapshots in the average [>= 0].
+
         >>> round(EMA(0.999).effective_snapshots(100_000))
         1999
         """
-        # (sum p)^2 / sum p^2 with p_k = decay^k: two geometric sums.
-        h = self.log_decay
-        total = math.expm1(n * h) / math.expm1(h)
-        squares = math.expm1(2 * n * h) / math.expm1(2 * h)
-        return total * total / squares
+        # (sum p)^2 / sum p^2 with p_k = decay^k, two geometric sums:
+        # (1 + b) / (1 - b) * (1 - b^n) / (1 + b^n).
+        h = -self.log_decay
+        return math.tanh(n * h / 2) / math.tanh(h / 2)
 
     def mean_age(self, n: int) -> float:
         """The mean age of what is in the average [snapshots; the newest has age 0].
 
+        Args:
+          n: snapshots in the average [>= 0]; the age of nothing is NaN.
+
         >>> round(EMA(0.999).mean_age(100_000))
         999
         """
-        h = self.log_decay
-        # b/(1-b) - n b^n/(1-b^n), written so that b close to 1 cancels nothing.
-        return 1 / math.expm1(-h) - n / math.expm1(-n * h) if n * -h < 700 else 1 / math.expm1(-h)
+        if not n:
+            return math.nan
+        h = -self.log_decay
+        if n * h < 0.1:
+            # The series of the difference below, whose two terms nearly cancel here.
+            return (n - 1) / 2 - (n**2 - 1) * h / 12 + (n**4 - 1) * h**3 / 720
+        # b / (1 - b) - n b^n / (1 - b^n); the last term vanishes before exp overflows.
+        return 1 / math.expm1(h) - (n / math.expm1(n * h) if n * h <= 700 else 0.0)
 
 
 @dataclass(frozen=True)
@@ -147,6 +172,12 @@ class Polynomial:
 
     Snapshot n joins with weight ``(eta + 1) / (n + eta)``; ``eta = 0`` is uniform, larger ones
     look at the recent past only (mean age about ``n / (eta + 2)``).
+
+    Args:
+      eta: how fast the beginning is forgotten [>= 0].
+
+    Raises:
+      ValueError: no number, or out of range.
 
     Source:
       Shamir & Zhang 2013, arXiv:1212.1824, sec. 4.
@@ -158,12 +189,12 @@ class Polynomial:
     eta: float = 3.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta must be a number >= 0, got {self.eta!r}")
+        if not 0 <= _set_float(self, "eta") < math.inf:
+            raise ValueError(f"eta must be a finite number >= 0, got {self.eta!r}")
 
     def retain(self, n: Any) -> Any:
         """The share of ``total`` kept when snapshot n + 1 joins: ``n / (n + eta)``."""
-        return n / (n + float(self.eta))
+        return n / (n + self.eta)
 
     def mixing_weight(self, n: Any, *, expm1: Callable[[Any], Any] = math.expm1) -> Any:
         """The weight of snapshot n as it joins: ``(eta + 1) / (n + eta)``.
@@ -172,11 +203,13 @@ class Polynomial:
           n: the number of this snapshot [>= 1], a float of any kind.
           expm1: the framework's own, where n is its own kind of number (unused here).
         """
-        eta = float(self.eta)
-        return (1.0 + eta) / (n + eta)
+        return (1.0 + self.eta) / (n + self.eta)
 
     def effective_snapshots(self, n: int) -> float:
         """How many equally weighted snapshots would average away as much noise.
+
+        Args:
+          n: snapshots in the average [>= 0]; the time it takes grows with n.
 
         >>> Polynomial(eta=0).effective_snapshots(10)
         10.0
@@ -190,12 +223,15 @@ class Polynomial:
     def mean_age(self, n: int) -> float:
         """The mean age of what is in the average [snapshots; the newest has age 0].
 
+        Args:
+          n: snapshots in the average [>= 0]; the age of nothing is NaN.
+
         >>> Polynomial(eta=0).mean_age(11)
         5.0
         """
         # One more snapshot makes all others one older and itself has age 0, so with a = mixing
         # weight, age_n = (1 - a)(age_{n-1} + 1); its solution is linear in n.
-        return (n - 1) / (float(self.eta) + 2)
+        return (n - 1) / (self.eta + 2) if n else math.nan
 
 
 Rule = Uniform | EMA | Polynomial
@@ -210,7 +246,23 @@ BY_NAME: dict[str, type[Uniform] | type[EMA] | type[Polynomial]] = {
 def name_of(rule: Rule) -> str:
     """What a rule is called in a configuration.
 
+    Raises:
+      TypeError: it is none of the rules above.
+
     >>> name_of(EMA(0.99))
     'ema'
     """
-    return next(name for name, kind in BY_NAME.items() if type(rule) is kind)
+    for name, kind in BY_NAME.items():
+        if type(rule) is kind:
+            return name
+    raise TypeError(f"expected Uniform(), EMA(...) or Polynomial(...), got {rule!r}")
+
+
+def _set_float(rule: EMA | Polynomial, name: str) -> float:
+    # A plain float whatever was given: a numpy scalar would bring its dtype into the arithmetic,
+    # and could not be written to a file.
+    value = number(getattr(rule, name))
+    if value is None:
+        raise ValueError(f"{name} must be a number, got {getattr(rule, name)!r}")
+    object.__setattr__(rule, name, value)
+    return value

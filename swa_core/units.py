@@ -7,18 +7,21 @@ import re
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 Unit = Literal["%", "ep", "step"]
 
-_NUMBER = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z%]*)\s*", re.ASCII)
+_TIME = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z%]*)\s*", re.ASCII)
 _MEANT: dict[str, Unit] = {
     "%": "%",
     **dict.fromkeys(("ep", "epoch", "epochs"), "ep"),
     **dict.fromkeys(("step", "steps"), "step"),
 }
-_FORMS = 'Say {0}"160ep" (epochs), "160step" (updates) or a share such as "75%".'
+_FORMS = 'Say "160ep" (epochs), "160step" (updates) or a share such as "75%".'
+_LONGEST = 10**15
 
 
-class Missing(ValueError):
+class MissingLengthError(ValueError):
     """A time could not be resolved because a length of the training is not known."""
 
 
@@ -44,28 +47,32 @@ class Time(NamedTuple):
         Raises:
           ValueError: anything else, with what to write instead.
         """
-        if not isinstance(text, str):
-            example = f'"{text}ep" (epochs), "{text}step" (updates)'
-            if isinstance(text, bool) or not isinstance(text, (int, float)):
-                raise ValueError(f"expected a time, got {text!r}. {_FORMS.format('')}")
-            raise ValueError(f'{text} has no unit. Say {example} or a share such as "75%".')
-        match = _NUMBER.fullmatch(text)
+        bare = number(text)
+        if bare is None and not isinstance(text, str):
+            raise ValueError(f"expected a time, got {text!r}. {_FORMS}")
+        # Python neither reads nor prints integers of several thousand digits.
+        if bare is not None and abs(bare) > _LONGEST:
+            raise ValueError(f"{bare:g} is longer than any training.")
+        match = _TIME.fullmatch(str(text))
         if match is None:
-            raise ValueError(f"cannot read {text!r} as a time. {_FORMS.format('')}")
-        number, word = match.groups()
+            raise ValueError(f"cannot read {text!r} as a time. {_FORMS}")
+        digits, word = match.groups()
+        if len(digits) > 100 or Fraction(digits) > _LONGEST:
+            raise ValueError(f"{digits[:20]}... is longer than any training.")
+        value = Fraction(digits)
         if not word:
+            said = f'"{digits}"' if isinstance(text, str) else digits
+            steps = f', "{digits}step" (updates)' if value.denominator == 1 else ""
             raise ValueError(
-                f'"{number}" has no unit. Say "{number}ep" (epochs), "{number}step" (updates) '
-                'or a share such as "75%".'
+                f'{said} has no unit. Say "{digits}ep" (epochs){steps} or a share such as "75%".'
             )
         unit = _MEANT.get(word.lower())
         if unit is None:
-            raise ValueError(f'unknown unit "{word}" in {text!r}. {_FORMS.format("")}')
-        value = Fraction(number)
+            raise ValueError(f'unknown unit "{word}" in {text!r}. {_FORMS}')
         if unit == "step" and value.denominator != 1:
-            raise ValueError(f"{text!r} is not a whole number of updates.")
+            raise ValueError(f"{text!r} is not a whole number of updates. Round it.")
         if unit == "%" and value > 100:
-            raise ValueError(f"{text!r} is more than the whole training.")
+            raise ValueError(f'{text!r} is more than the whole training. Say "100%" or less.')
         return cls(value, unit)
 
     def updates(
@@ -83,28 +90,42 @@ class Time(NamedTuple):
           whole_epochs: round a share of the training up to a whole epoch.
 
         Raises:
-          Missing: a length that this unit needs is None; the message names it.
+          MissingLengthError: a length that this unit needs is None; the message names it.
         """
         if self.unit == "step":
             return int(self.value)
         if self.unit == "ep":
             if steps_per_epoch is None:
-                raise Missing(
+                raise MissingLengthError(
                     "is counted in epochs, so steps_per_epoch is needed (updates per epoch: "
                     "len(loader) // accumulation)."
                 )
             return math.ceil(self.value * steps_per_epoch)
         if total_steps is None:
-            raise Missing(
+            raise MissingLengthError(
                 "is a share of the training, so total_steps is needed (updates in all: "
                 "epochs * steps_per_epoch)."
             )
         exact = self.value * total_steps / 100
-        if whole_epochs:
-            if steps_per_epoch is None:
-                raise Missing(
-                    "is rounded up to a whole epoch, because swa.every is counted in epochs, so "
-                    "steps_per_epoch is needed (updates per epoch: len(loader) // accumulation)."
-                )
-            return math.ceil(exact / steps_per_epoch) * steps_per_epoch
-        return math.ceil(exact)
+        if not whole_epochs:
+            return math.ceil(exact)
+        if steps_per_epoch is None:
+            raise MissingLengthError(
+                "is rounded up to a whole epoch, because swa.every is counted in epochs, so "
+                "steps_per_epoch is needed (updates per epoch: len(loader) // accumulation)."
+            )
+        return math.ceil(exact / steps_per_epoch) * steps_per_epoch
+
+
+def number(value: object) -> float | None:
+    """A number, Python's or a numpy scalar, as a float; None for everything else, bools too.
+
+    >>> number(3), number(np.float32(0.5)), number(True), number("3")
+    (3.0, 0.5, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
