@@ -1,0 +1,169 @@
+"""The running average of a model's trainable weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from swa_core import StateError, StructureError
+from swa_core.averaging import check_leaves
+from swa_core.rules import Rule
+from swa_keras.backend import Tensor, Variable, current, wide_dtype
+
+
+class _Leaf(NamedTuple):
+    """What an average knows of a variable beside its values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class RunningAverage:
+    """Snapshots and their average, on the device and in the layout of the model's variables.
+
+    Attributes:
+      n_averaged: snapshots in the average.
+      n_skipped: snapshots left out because they held NaN or Inf.
+      total: the sum of the snapshots' weights relative to the newest; see ``swa_core.rules``.
+    """
+
+    def __init__(self, rule: Rule, nonfinite: str) -> None:
+        self._rule = rule
+        self._nonfinite = nonfinite
+        self.backend = current()
+        self.n_averaged = 0
+        self.n_skipped = 0
+        self.total = 0.0
+        self._leaves: dict[str, _Leaf] = {}
+        self._known: list[Variable] = []
+        # Arrays of a saved state wait here until there is a model to place them beside.
+        self._waiting: list[npt.NDArray[Any]] | None = None
+        self._tensors: list[Tensor] = []
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of the averaged variables in the model."""
+        return list(self._leaves)
+
+    def add(self, variables: Sequence[Variable], update: int) -> None:
+        """Adds a snapshot.
+
+        Args:
+          variables: the trainable variables, with their values in place.
+          update: the update that led to them, for messages.
+
+        Raises:
+          StructureError: not the variables of the first snapshot, or none at all.
+        """
+        what = f"cannot add snapshot {self.n_averaged + 1} at update {update}"
+        if not variables:
+            raise StructureError(
+                f"{what}: the model has no trainable floating-point weights.",
+                hint="unfreeze a layer, or leave the callback out.",
+            )
+        self.match(variables, what)
+        if self._nonfinite == "skip" and not self.backend.all_finite(variables):
+            self.n_skipped += 1
+            return
+        if self.n_averaged:
+            total = float(self._rule.retain(float(self.n_averaged)) * self.total + 1.0)
+            self._tensors = self.backend.lerp(self._tensors, variables, 1.0 / total)
+        else:
+            total = 1.0
+            self._tensors = self.backend.copies(variables)
+            self._leaves = _leaves_of(variables)
+            self._known = list(variables)
+        self.total = total
+        self.n_averaged += 1
+
+    def match(self, variables: Sequence[Variable], what: str) -> None:
+        """Makes sure that these are the variables that are averaged.
+
+        Args:
+          variables: of the model that is to be used with this average.
+          what: what cannot be done if they are not, the beginning of the message.
+
+        Raises:
+          StructureError: naming the first variable that differs.
+        """
+        if not self.n_averaged:
+            return
+        if not _same_objects(self._known, variables):
+            new = _leaves_of(variables)
+            held = self._leaves
+            if len(new) == len(held):
+                # Keras numbers layer names through a process (dense, dense_1), so a rebuilt model
+                # has other paths: variables are matched by their place, as in set_weights.
+                held = dict(zip(new, held.values(), strict=True))
+            check_leaves(
+                held,
+                new,
+                what,
+                "every snapshot needs the same weights. If the model changed on purpose (layers "
+                "frozen or unfrozen too), start a new average.",
+            )
+            self._leaves = new
+            self._known = list(variables)
+        if self._waiting is not None:
+            self._tensors = self.backend.from_numpy(self._waiting, variables)
+            self._waiting = None
+
+    def assign_to(self, variables: Sequence[Variable]) -> None:
+        """Copies the average into variables that were matched with it."""
+        self.backend.assign(variables, self._tensors)
+
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """Copies of the averages on the host."""
+        if self._waiting is not None:
+            return [array.copy() for array in self._waiting]
+        return [self.backend.to_numpy(tensor) for tensor in self._tensors]
+
+    def load(self, counters: dict[str, Any], saved: dict[str, Any]) -> None:
+        """Takes over the counters and arrays of a saved state; nothing is changed by a bad one.
+
+        Raises:
+          StateError: the arrays are missing, or do not fit their paths.
+        """
+        arrays = saved.get("average")
+        paths = saved.get("paths")
+        if not isinstance(arrays, (list, tuple)) or not isinstance(paths, (list, tuple)):
+            raise _truncated("its arrays are missing")
+        if len(arrays) != len(paths) or bool(arrays) != bool(counters["n_averaged"]):
+            raise _truncated(
+                f"{len(arrays)} arrays for {len(paths)} weights and {counters['n_averaged']} "
+                "snapshots"
+            )
+        waiting = [np.array(array) for array in arrays]
+        self.n_averaged = counters["n_averaged"]
+        self.n_skipped = counters["n_skipped"]
+        self.total = counters["total"]
+        self._waiting = waiting or None
+        self._tensors = []
+        self._known = []
+        self._leaves = {
+            path: _Leaf(array.shape, array.dtype)
+            for path, array in zip(paths, waiting, strict=True)
+        }
+
+
+def _truncated(what: str) -> StateError:
+    return StateError(
+        f"the saved average is truncated: {what}.", hint="load an earlier checkpoint."
+    )
+
+
+def _same_objects(known: Sequence[Any], now: Sequence[Any]) -> bool:
+    return len(known) == len(now) and all(a is b for a, b in zip(known, now, strict=True))
+
+
+def _leaves_of(variables: Sequence[Variable]) -> dict[str, _Leaf]:
+    leaves: dict[str, _Leaf] = {}
+    for variable in variables:
+        path, number = variable.path, 2
+        while path in leaves:  # two layers may have the same name
+            path, number = f"{variable.path}#{number}", number + 1
+        leaves[path] = _Leaf(tuple(variable.shape), wide_dtype(variable))
+    return leaves

@@ -1,0 +1,82 @@
+"""What an average asks of the framework under Keras; one small class for each, see below."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+Tensor = Any
+Variable = keras.Variable
+
+
+class Backend(Protocol):
+    """The operations on whole lists of variables; nothing here passes through the host.
+
+    Averages are float32 or wider (see ``wide``), of a kind of tensor that the backend chooses.
+    """
+
+    def copies(self, variables: Sequence[Variable]) -> list[Tensor]:
+        """New averages with the values of the variables."""
+
+    def lerp(
+        self, averages: list[Tensor], variables: Sequence[Variable], weight: float
+    ) -> list[Tensor]:
+        """``average + weight * (variable - average)``; the averages given are used up."""
+
+    def all_finite(self, variables: Sequence[Variable]) -> bool:
+        """Whether no variable holds a NaN or an infinity."""
+
+    def stash(self, variables: Sequence[Variable]) -> list[Tensor]:
+        """The values of variables that are about to be assigned, kept for ``restore``."""
+
+    def copy_state(self, variables: Sequence[Variable]) -> list[Tensor]:
+        """Copies that also survive a backend which takes the variables' memory away."""
+
+    def restore(self, variables: Sequence[Variable], kept: Sequence[Tensor]) -> None:
+        """Gives the variables the values that were kept, which are used up."""
+
+    def assign(self, variables: Sequence[Variable], averages: Sequence[Tensor]) -> None:
+        """Copies the averages into the variables, in their own dtype."""
+
+    def from_numpy(
+        self, arrays: Sequence[npt.NDArray[Any]], variables: Sequence[Variable]
+    ) -> list[Tensor]:
+        """New averages with these values, where the variables are."""
+
+    def to_numpy(self, tensor: Tensor) -> npt.NDArray[Any]:
+        """A copy on the host."""
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, compiled where the backend does so, without gradients."""
+
+
+def current() -> Backend:
+    """The backend that Keras runs on in this process."""
+    name = keras.backend.backend()
+    if name not in ("tensorflow", "jax", "torch"):
+        raise ImportError(f"swa_keras averages on tensorflow, jax and torch; Keras runs on {name}")
+    return importlib.import_module(f"swa_keras.backend_{name}").make()
+
+
+def is_floating(variable: Variable) -> bool:
+    """Whether the variable is averaged: floating point of any width, and not an integer."""
+    return keras.backend.is_float_dtype(variable.dtype)
+
+
+def wide(dtype: str) -> str:
+    """The dtype of the average of variables of this dtype: float32 or wider.
+
+    >>> wide("bfloat16"), wide("float64")
+    ('float32', 'float64')
+    """
+    return "float64" if dtype == "float64" else "float32"
+
+
+def wide_dtype(variable: Variable) -> np.dtype[Any]:
+    """``wide`` as numpy's dtype."""
+    return np.dtype(wide(variable.dtype))

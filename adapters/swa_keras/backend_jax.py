@@ -1,0 +1,73 @@
+"""Averages as jax arrays: one jitted lerp over all of them that reuses their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from swa_keras.backend import Variable, wide
+
+
+@partial(jax.jit, donate_argnums=0)
+def _lerp(averages: list[jax.Array], values: list[jax.Array], weight: Any) -> list[jax.Array]:
+    return [
+        average + (value.astype(average.dtype) - average) * weight.astype(average.dtype)
+        for average, value in zip(averages, values, strict=True)
+    ]
+
+
+@jax.jit
+def _all_finite(values: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(value).all() for value in values]).all()
+
+
+class _JaxBackend:
+    def copies(self, variables: Sequence[Variable]) -> list[jax.Array]:
+        # The trainer donates the model's arrays to its next step, so nothing may be kept of them.
+        return [jnp.array(v.value, dtype=wide(v.dtype), copy=True) for v in variables]
+
+    def lerp(
+        self, averages: list[jax.Array], variables: Sequence[Variable], weight: float
+    ) -> list[jax.Array]:
+        return _lerp(averages, [v.value for v in variables], np.asarray(weight))
+
+    def all_finite(self, variables: Sequence[Variable]) -> bool:
+        return bool(_all_finite([v.value for v in variables]))
+
+    def stash(self, variables: Sequence[Variable]) -> list[jax.Array]:
+        # No copy: once the variables are assigned, the old arrays are no longer the trainer's.
+        return [v.value for v in variables]
+
+    def copy_state(self, variables: Sequence[Variable]) -> list[jax.Array]:
+        return [jnp.array(v.value, copy=True) for v in variables]
+
+    def restore(self, variables: Sequence[Variable], kept: Sequence[jax.Array]) -> None:
+        for variable, value in zip(variables, kept, strict=True):
+            variable.assign(value)
+
+    def assign(self, variables: Sequence[Variable], averages: Sequence[jax.Array]) -> None:
+        for variable, average in zip(variables, averages, strict=True):
+            variable.assign(jnp.array(average, dtype=variable.dtype, copy=True))
+
+    def from_numpy(
+        self, arrays: Sequence[npt.NDArray[Any]], variables: Sequence[Variable]
+    ) -> list[jax.Array]:
+        return [
+            jax.device_put(jnp.array(array, copy=True), v.value.sharding)
+            for array, v in zip(arrays, variables, strict=True)
+        ]
+
+    def to_numpy(self, tensor: Any) -> npt.NDArray[Any]:
+        return np.array(tensor)
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.jit(function)
+
+
+make = _JaxBackend

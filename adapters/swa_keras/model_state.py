@@ -1,0 +1,56 @@
+"""What a Keras model holds: the weights that are averaged, and the state beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+
+from swa_keras.backend import Variable, is_floating
+
+
+def synced(model: Any) -> Any:
+    """The model with its values in its variables.
+
+    Between two steps of ``fit`` the jax backend keeps them elsewhere: reading then fails and
+    assigning is lost.
+    """
+    if keras.backend.backend() == "jax" and hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
+    return model
+
+
+def averaged_variables(model: Any) -> list[Variable]:
+    """The trainable floating-point variables, each once however many layers share it."""
+    return [v for v in _once(model.trainable_variables) if is_floating(v)]
+
+
+def state_variables(model: Any) -> list[Variable]:
+    """What a forward pass may change: running statistics, seeds - and not frozen weights.
+
+    Frozen weights are non-trainable variables too, but nothing changes them, and copying a
+    frozen backbone at every validation would cost a lot.
+    """
+    weights = {id(v) for layer in layers_of(model) for v in layer._trainable_variables}
+    return [v for v in _once(model.non_trainable_variables) if id(v) not in weights]
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The model and all layers in it at any depth, each once."""
+    return _once(model._flatten_layers(include_self=True, recursive=True))
+
+
+def inner_optimizer(model: Any) -> Any:
+    """The optimizer that makes the updates; a loss-scaling one only wraps it. None without one."""
+    optimizer = getattr(model, "optimizer", None)
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def is_loss_scaled(model: Any) -> bool:
+    """Whether the optimizer may leave out updates because gradients overflowed."""
+    return hasattr(getattr(model, "optimizer", None), "inner_optimizer")
+
+
+def _once(things: Iterable[Any]) -> list[Any]:
+    return list({id(thing): thing for thing in things}.values())

@@ -1,0 +1,84 @@
+"""Validation inside ``fit`` on the averaged weights.
+
+``fit`` validates through ``model.evaluate``, and Keras' callbacks have no place where this could
+be done twice, or undone if it raises (a raise skips ``on_test_end``). So while a ``fit`` runs,
+``model.evaluate`` is this wrapper: it knows the calls that come from that ``fit`` by the list of
+callbacks that is passed on, leaves all others alone, and gives the training weights back in a
+``finally``. The metrics it adds are part of what ``evaluate`` returns, so that every callback
+sees them, wherever it stands in the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+
+
+class Validation:
+    """Stands in for ``model.evaluate`` while a ``fit`` runs.
+
+    Args:
+      model: the model in ``fit``.
+      callback: the one whose ``fit`` it is.
+      both: validate on the training weights too.
+      averaged: gives the context with the average in the model, or None where there is none yet.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        callback: keras.callbacks.Callback,
+        *,
+        both: bool,
+        averaged: Callable[[], AbstractContextManager[Any] | None],
+    ) -> None:
+        self._model = model
+        self._callback = callback
+        self._both = both
+        self._averaged = averaged
+        self._active = True
+        self._previous = vars(model).get("evaluate")
+        vars(model)["evaluate"] = self
+
+    def remove(self) -> None:
+        """Gives the model its own method back."""
+        self._active = False
+        top = vars(self._model).get("evaluate")
+        while isinstance(top, Validation) and not top._active:
+            top = top._previous
+        if top is None:
+            vars(self._model).pop("evaluate", None)
+        else:
+            vars(self._model)["evaluate"] = top
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_ours(kwargs.get("callbacks")):
+            return self._evaluate(*args, **kwargs)
+        context = self._averaged()
+        if not self._both:
+            if context is None:
+                return self._evaluate(*args, **kwargs)
+            with context:
+                return self._evaluate(*args, **kwargs)
+        logs = self._evaluate(*args, **kwargs)
+        averaged = logs
+        if context is not None:
+            # The user's callbacks have seen this validation already.
+            with context:
+                averaged = self._evaluate(*args, **{**kwargs, "callbacks": None, "verbose": 0})
+        return {**logs, **{f"swa_{name}": value for name, value in averaged.items()}}
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        if self._previous is not None:
+            return self._previous(*args, **kwargs)
+        return type(self._model).evaluate(self._model, *args, **kwargs)
+
+    def _is_ours(self, callbacks: Any) -> bool:
+        return (
+            self._active
+            and isinstance(callbacks, keras.callbacks.CallbackList)
+            and any(callback is self._callback for callback in callbacks.callbacks)
+        )
