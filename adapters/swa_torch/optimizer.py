@@ -1,0 +1,354 @@
+"""An optimizer that wraps an optimizer and averages what it trains."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from swa_core import Schedule, SWAConfig
+from swa_core.errors import ConfigError, Fault, StructureError, SWAWarning
+from swa_torch.batch_norm import Statistics, update_bn
+from swa_torch.running_average import RunningAverage
+from swa_torch.state import pack, unpack
+
+
+class SWA(torch.optim.Optimizer):
+    """Stochastic weight averaging around any ``torch.optim.Optimizer``; the loop does not change.
+
+    Groups, state and defaults are those of the wrapped optimizer, so schedulers, gradient scalers
+    and whatever else takes an optimizer takes this one. Updates are counted at the wrapped
+    optimizer, whoever steps it. Its hooks are where the ``register_*`` methods put theirs: they
+    fire once and are handed the wrapped optimizer.
+
+    Trainable floating-point and complex parameters are averaged, in float32 or wider; frozen ones
+    are left alone, and one that is unfrozen later (or a group that is added later) joins with its
+    own count. A parameter that has joined stays, also if it is frozen then.
+
+    Args:
+      optimizer: the optimizer that trains. It stays usable as it is.
+      config: what to average: a ``SWAConfig``, a mapping, or the path of a file.
+      steps_per_epoch: updates per epoch: ``len(loader) // accumulation``.
+      total_steps: updates in all: ``epochs * steps_per_epoch``.
+
+    Raises:
+      ConfigError: the configuration has faults or needs a length that was not given.
+      StructureError: the optimizer has no parameters.
+      TypeError: ``optimizer`` is none, or is an ``SWA`` already.
+
+    Source:
+      Izmailov et al. 2018, arXiv:1803.05407.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> optimizer = SWA(torch.optim.SGD([weight], lr=1.0), {"start": "2step", "every": "2step"})
+    >>> for _ in range(4):
+    ...     weight.grad = torch.tensor([-1.0, 1.0])
+    ...     optimizer.step()
+    >>> weight.tolist(), optimizer.averaged_parameters[0].tolist(), optimizer.n_averaged
+    ([4.0, -4.0], [3.0, -3.0], 2)
+    """
+
+    # A fused optimizer that supports this is stepped even for a gradient overflow, and skips in
+    # its kernel, where nobody can count. Without it GradScaler does not call step() then.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        config: SWAConfig | Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        steps_per_epoch: int | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        # Optimizer.__init__ is left out: it would give this object groups and state of its own.
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}"
+            )
+        if isinstance(optimizer, SWA):
+            raise TypeError("this optimizer is wrapped in an SWA already; wrap the inner one")
+        config = SWAConfig.of(config)
+        lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
+        schedule = config.schedule(**lengths)
+        lr = config.lr_schedule(**lengths)
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise StructureError(
+                "the optimizer has no parameters, so there is nothing to average.",
+                hint="pass it model.parameters(), and a fresh call of it: generators run dry.",
+            )
+        if lr is not None and not all("lr" in group for group in optimizer.param_groups):
+            fault = Fault("swa.lr", f"{type(optimizer).__name__} has no learning rate to set.")
+            raise ConfigError([fault], source="the configuration")
+        self.optimizer = optimizer
+        self.config = config
+        self._average = RunningAverage(optimizer, config, schedule, lr)
+        self._average.connect(self)
+
+    # Training.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of the wrapped optimizer; a snapshot joins the average if it is due.
+
+        Args:
+          closure: reevaluates the model and returns the loss, for optimizers that ask for one.
+
+        Raises:
+          SwappedError: inside ``averaged()``.
+          StructureError: a snapshot is due, and parameters changed in number, shape or dtype. The
+            update was made and is counted; the average stays as it was.
+        """
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+    # The wrapped step calls the hooks already; torch would put them around this one again.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients, as the wrapped optimizer does."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the wrapped optimizer; it joins the average with its own count."""
+        self.optimizer.add_param_group(param_group)
+
+    # The average.
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which updates are snapshots."""
+        return self._average.schedule
+
+    @property
+    def updates(self) -> int:
+        """Completed updates."""
+        return self._average.updates
+
+    @property
+    def n_averaged(self) -> int:
+        """Snapshots in the average. A group that was added later has fewer."""
+        return self._average.n_averaged
+
+    @property
+    def n_skipped(self) -> int:
+        """Snapshots left out because they held NaN or Inf."""
+        return self._average.n_skipped
+
+    @property
+    def averaged_parameters(self) -> list[Tensor]:
+        """Copies of the averages, one for each parameter in the order of the groups.
+
+        What is not averaged (frozen parameters; all of them before the first snapshot, with a
+        warning said once) is a copy of the live weights.
+        """
+        average = self._average
+        average.warn_if_empty(stacklevel=2)
+        values = average.values()
+        found = dict(average.positions())
+        by_identity = {
+            id(parameter): values.get(position, parameter) for position, parameter in found.items()
+        }
+        return [
+            by_identity[id(parameter)].detach().clone()
+            for group in self.param_groups
+            for parameter in group["params"]
+        ]
+
+    @contextmanager
+    def averaged(
+        self, model: torch.nn.Module | None = None, bn_data: Iterable[Any] | None = None
+    ) -> Iterator[None]:
+        """A block in which the model computes with the averaged weights.
+
+        The weights change by value, in their own memory. At the end of the block the live weights
+        and batch-norm statistics return, whatever is raised inside. Before the first snapshot the
+        live weights stay in place, and a warning says so once.
+
+        Float32 weights and averages change places without a further copy, so what is written to
+        the weights inside the block would be written to the average; a warning says so.
+
+        Args:
+          model: the model, needed with ``bn_data``.
+          bn_data: batches for ``update_bn``, to recompute the batch-norm statistics.
+
+        Raises:
+          SwappedError: inside another ``averaged()`` block.
+          StructureError: parameters changed in number, shape or dtype.
+          BatchNormError: as ``update_bn``; everything is restored.
+        """
+        statistics = self._check_bn(model, bn_data)
+        average = self._average
+        average.refuse_swapped("averaged()")
+        average.warn_if_empty(stacklevel=4)
+        average.swap_in("averaged()")
+        try:
+            with statistics:
+                if model is not None and bn_data is not None:
+                    update_bn(model, bn_data)
+                yield
+        finally:
+            average.swap_out()
+
+    def finalize(
+        self, model: torch.nn.Module | None = None, bn_data: Iterable[Any] | None = None
+    ) -> None:
+        """Makes the average the weights for good. Training may go on from there.
+
+        Args:
+          model: the model, needed with ``bn_data``.
+          bn_data: batches for ``update_bn``, to recompute the batch-norm statistics.
+
+        Raises:
+          NothingAveragedError: before the first snapshot.
+          SwappedError: inside ``averaged()``.
+          StructureError: parameters changed in number, shape or dtype.
+          BatchNormError: as ``update_bn``. After any error the weights are the live ones.
+        """
+        self._check_bn(model, bn_data)
+        average = self._average
+        average.refuse_swapped("finalize()")
+        average.refuse_empty("finalize()")
+        average.swap_in("finalize()")
+        try:
+            if model is not None and bn_data is not None:
+                update_bn(model, bn_data)
+        except BaseException:
+            average.swap_out()
+            raise
+        average.swap_out(keep=True)
+
+    @staticmethod
+    def _check_bn(model: torch.nn.Module | None, bn_data: Iterable[Any] | None) -> Statistics:
+        if bn_data is not None and model is None:
+            raise TypeError("bn_data needs the model whose batch norm it is for: model=...")
+        return Statistics(None if bn_data is None else model)
+
+    # Saving and loading.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state with the average in it; a plain optimizer loads it too.
+
+        Saved inside ``averaged()``, it holds the live weights besides, because the model's own
+        state then holds the averaged ones. (Batch-norm statistics are the model's alone: save
+        outside the block if ``bn_data`` was given.)
+        """
+        if self._average.swap is None:
+            self._average.join("state_dict()")
+        return pack(self.optimizer.state_dict(), self._average)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a saved state, bit for bit. Load the model first.
+
+        A state saved inside ``averaged()`` puts the live weights back into the parameters. The
+        state of a plain optimizer is taken with a warning: the average starts anew.
+
+        Args:
+          state_dict: what ``state_dict()`` returned.
+
+        Raises:
+          StateError: truncated, damaged, newer, or of another schedule or rule.
+          StructureError: of other parameters.
+          SwappedError: inside ``averaged()``.
+        """
+        average = self._average
+        average.refuse_swapped("load_state_dict()")
+        loaded = unpack(state_dict, average)
+        self.optimizer.load_state_dict(loaded.plain)
+        if loaded.counters is None:
+            average.reset()
+            warnings.warn(
+                "this state holds no average (a plain optimizer saved it?): the average starts "
+                "anew, at update 0.",
+                SWAWarning,
+                stacklevel=2,
+            )
+            return
+        average.restore(loaded.counters, loaded.cohorts)
+        if average.rates is not None:
+            average.rates.load(loaded.base_rates)
+        with torch.no_grad():
+            found = dict(average.positions())
+            for position, weights in loaded.live.items():
+                found[position].copy_(weights)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy.deepcopy and pickle. The instance's step, which schedulers put there, stays out.
+        self._average.refuse_swapped("copying or pickling this optimizer")
+        return {
+            "optimizer": self.optimizer,
+            "config": self.config,
+            "_average": self._average,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._average.connect(self)
+
+    # Everything else is the wrapped optimizer's. Loading replaces groups and state with new
+    # objects, so they are asked for each time.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The parameter groups of the wrapped optimizer."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of the wrapped optimizer; the averages are not in it."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The defaults of the wrapped optimizer."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        # train() and eval() of the schedule-free optimizers, for example. Private names are not
+        # forwarded: they would tell of abilities (see above) that the wrapper does not share.
+        if name.startswith("_") or "optimizer" not in self.__dict__:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return getattr(self.optimizer, name)
+
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """Registers a hook on the wrapped optimizer, called before each update."""
+        return self.optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
+        """Registers a hook on the wrapped optimizer, called after each update."""
+        return self.optimizer.register_step_post_hook(hook)
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """Registers a hook on the wrapped optimizer, called before its state is saved."""
+        return self.optimizer.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """Registers a hook on the wrapped optimizer; it sees the state before the average is in."""
+        return self.optimizer.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(
+        self, hook: Any, prepend: bool = False
+    ) -> RemovableHandle:
+        """Registers a hook on the wrapped optimizer; it sees the state without the average."""
+        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(
+        self, hook: Any, prepend: bool = False
+    ) -> RemovableHandle:
+        """Registers a hook on the wrapped optimizer, called after its state was loaded."""
+        return self.optimizer.register_load_state_dict_post_hook(hook, prepend)

@@ -1,0 +1,312 @@
+"""The averages of an optimizer's parameters and all that is counted about them."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from swa_core import SWAState
+from swa_core.config import SWAConfig
+from swa_core.errors import NothingAveragedError, StructureError, SwappedError, SWAWarning
+from swa_core.learning_rate import LRSchedule
+from swa_core.schedule import Schedule
+from swa_torch.cohort import Cohort, Position, Scratch, is_averaged
+from swa_torch.finite import all_finite
+from swa_torch.rates import Rates
+from swa_torch.swap import Swap
+
+_HINT = (
+    "every snapshot needs the same weights. If the model changed on purpose, wrap its optimizer in "
+    "a new SWA."
+)
+
+
+class RunningAverage:
+    """Counts the updates of one optimizer, whoever makes them, and averages its parameters.
+
+    Everything that changes is kept here, in plain ints and floats and in tensors of its own, so
+    that the wrapper around it can be copied, subclassed or replaced by what frameworks put there.
+
+    Attributes:
+      updates: completed updates.
+      n_averaged: snapshots taken.
+      n_skipped: snapshots left out because they held NaN or Inf.
+      total: the sum of the snapshots' weights relative to the newest.
+      cohorts: the averages, by the snapshot at which their parameters joined.
+      rates: what sets the learning rate, or None.
+      swap: the exchange under way while the averages stand in the parameters, else None.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, config: SWAConfig, schedule: Schedule, lr: LRSchedule | None
+    ) -> None:
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.rule = config.rule
+        self.nonfinite = config.nonfinite
+        self.rates = None if lr is None else Rates(lr)
+        self.scratch = Scratch()
+        self.swap: Swap | None = None
+        self._has_warned = False
+        self._handles: list[Any] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """As before the first update."""
+        self.updates = self.n_averaged = self.n_skipped = 0
+        self.total = 0.0
+        self.cohorts: list[Cohort] = []
+        self._sizes: list[int] = []
+        self._seen: list[Tensor] = []
+        self._waiting: list[Tensor] = []
+        # The averages are allocated at the first update: not before, because sharding replaces
+        # parameters until then; not later, because a checkpoint is loaded into what is there.
+        self._due: int | None = 1
+        if self.rates is not None:
+            self.rates.load([])
+
+    # Counting: the hooks on the optimizer.
+
+    def connect(self, owner: object) -> None:
+        """Hooks into the optimizer, once, until ``owner`` is gone."""
+        if self._handles:
+            return
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_update),
+            self.optimizer.register_step_post_hook(self._after_update),
+        ]
+        for handle in self._handles:
+            weakref.finalize(owner, handle.remove).atexit = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks do not travel with an optimizer; whoever restores this connects it anew.
+        return {**self.__dict__, "_handles": []}
+
+    def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.swap is not None:
+            raise SwappedError(
+                f"step() after update {self.updates} while the average stands in for the weights: "
+                "it would train the average.",
+                hint="leave the averaged() block first.",
+            )
+        if self.rates is not None:
+            self.rates.before_update(self.updates + 1, optimizer.param_groups)
+
+    def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # All that an update which is no snapshot costs.
+        self.updates += 1
+        if self.updates == self._due:
+            self._arrive()
+
+    def _arrive(self) -> None:
+        self._due = self.schedule.next_after(self.updates)
+        if not self.schedule.is_snapshot(self.updates):
+            self.join()
+            return
+        self.join(f"cannot add snapshot {self.n_averaged + 1} at update {self.updates}")
+        with torch.no_grad():
+            if self.nonfinite == "skip" and not all_finite(
+                parameter for cohort in self.cohorts for parameter in cohort.parameters
+            ):
+                self.n_skipped += 1
+                return
+            for cohort in self.cohorts:
+                cohort.add_snapshot(self.rule, self.scratch)
+        if self.n_averaged:
+            self.total = float(self.rule.retain(float(self.n_averaged)) * self.total + 1.0)
+        else:
+            self.total = 1.0
+        self.n_averaged += 1
+
+    # The parameters: who is averaged, and whether they still are what they were.
+
+    def join(self, doing: str = "cannot average") -> None:
+        """Follows the optimizer's parameters: new trainable ones get an average.
+
+        Args:
+          doing: what cannot be done if parameters have changed, the beginning of the message.
+
+        Raises:
+          StructureError: parameters are gone, were added to a known group, or have another shape
+            or dtype. Nothing is changed then.
+        """
+        groups = self.optimizer.param_groups
+        now = [parameter for group in groups for parameter in group["params"]]
+        if (
+            len(now) == len(self._seen)
+            and len(groups) == len(self._sizes)
+            and all(map(operator.is_, now, self._seen))
+            and all(cohort.is_unchanged() for cohort in self.cohorts)
+            and not any(parameter.requires_grad for parameter in self._waiting)
+        ):
+            return
+        self._check_numbers(doing)
+        found = dict(self.positions())
+        for cohort in self.cohorts:
+            self._check(cohort, found, doing)
+        for cohort in self.cohorts:
+            cohort.parameters = [found[position] for position in cohort.positions]
+            cohort.follow_devices()
+        held = {id(parameter) for cohort in self.cohorts for parameter in cohort.parameters}
+        others = {
+            position: parameter
+            for position, parameter in found.items()
+            if id(parameter) not in held and is_averaged(parameter)
+        }
+        new = {position: p for position, p in others.items() if p.requires_grad}
+        if new:
+            self.cohorts.append(Cohort([*new], [*new.values()]))
+        self._waiting = [p for p in others.values() if not p.requires_grad]
+        self._sizes = [len(group["params"]) for group in groups]
+        self._seen = now
+
+    def positions(self) -> Iterator[tuple[Position, Tensor]]:
+        """The optimizer's parameters by position, each once, at its first one."""
+        seen: set[int] = set()
+        for g, group in enumerate(self.optimizer.param_groups):
+            for i, parameter in enumerate(group["params"]):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield Position(g, i), parameter
+
+    def name(self, position: Position) -> str:
+        """What to call a parameter in a message: by position, and by name if torch knows it."""
+        group = self.optimizer.param_groups[position.group]
+        names = group.get("param_names", ())
+        name = f" ('{names[position.index]}')" if position.index < len(names) else ""
+        return f"parameter {position.index} of group {position.group}{name}"
+
+    def _check_numbers(self, doing: str) -> None:
+        groups = self.optimizer.param_groups
+        if len(groups) < len(self._sizes):
+            raise StructureError(
+                f"{doing}: the optimizer has {len(groups)} parameter groups, but the running "
+                f"average holds {len(self._sizes)}.",
+                hint=_HINT,
+            )
+        for g, (group, size) in enumerate(zip(groups, self._sizes, strict=False)):
+            if len(group["params"]) != size:
+                raise StructureError(
+                    f"{doing}: group {g} has {len(group['params'])} parameters, but the running "
+                    f"average holds {size}.",
+                    hint=f"{_HINT} New parameters can join through add_param_group().",
+                )
+
+    def _check(self, cohort: Cohort, found: dict[Position, Tensor], doing: str) -> None:
+        for position, average, dtype in zip(
+            cohort.positions, cohort.averages, cohort.dtypes, strict=True
+        ):
+            if position not in found:
+                raise StructureError(
+                    f"{doing}: {self.name(position)} is now another one of the optimizer's "
+                    "parameters too.",
+                    hint=_HINT,
+                )
+            parameter = found[position]
+            if parameter.shape != average.shape:
+                raise StructureError(
+                    f"{doing}: {self.name(position)} has shape {tuple(parameter.shape)}, but the "
+                    f"running average holds {tuple(average.shape)}.",
+                    hint=_HINT,
+                )
+            if parameter.dtype != dtype:
+                raise StructureError(
+                    f"{doing}: {self.name(position)} has dtype {say_dtype(parameter.dtype)}, but "
+                    f"the running average is of {say_dtype(dtype)} weights.",
+                    hint=_HINT,
+                )
+
+    # Reading, swapping and keeping the average.
+
+    def values(self) -> dict[Position, Tensor]:
+        """The averages by position, wherever they stand now; without a snapshot there is none."""
+        held = {
+            position: average
+            for cohort in self.cohorts
+            if cohort.n_averaged
+            for position, average in zip(cohort.positions, cohort.averages, strict=True)
+        }
+        return {**held, **self.swap.averages} if self.swap is not None else held
+
+    def warn_if_empty(self, stacklevel: int) -> None:
+        """Says once that what is read are the live weights."""
+        if not self.n_averaged and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"nothing is averaged yet (update {self.updates}, first snapshot at "
+                f"{self.schedule.first}): these are the live weights.",
+                SWAWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+    def swap_in(self, doing: str) -> Swap:
+        """The averages take the place of the weights.
+
+        Raises:
+          SwappedError: they stand there already.
+          StructureError: the parameters have changed.
+        """
+        self.refuse_swapped(doing)
+        self.join(doing)
+        self.swap = Swap(self.cohorts, self.scratch)
+        return self.swap
+
+    def swap_out(self, *, keep: bool = False) -> None:
+        """Ends the exchange: the live weights return, or the averages stay for good."""
+        assert self.swap is not None
+        was_written = self.swap.keep() if keep else self.swap.undo()
+        # Not before: if the return was interrupted, step() must not train the average.
+        self.swap = None
+        if was_written:
+            warnings.warn(
+                "weights were written to while the average stood in for them: the live weights "
+                "are back, but the average now holds what was written.",
+                SWAWarning,
+                stacklevel=5,
+            )
+
+    def refuse_swapped(self, doing: str) -> None:
+        """Raises ``SwappedError`` while the average stands in for the weights."""
+        if self.swap is not None:
+            raise SwappedError(
+                f"{doing}: the average stands in for the weights already.",
+                hint="leave the averaged() block first.",
+            )
+
+    def refuse_empty(self, doing: str) -> None:
+        """Raises ``NothingAveragedError`` before the first snapshot."""
+        if not self.n_averaged:
+            skipped = f", {self.n_skipped} left out as not finite" if self.n_skipped else ""
+            raise NothingAveragedError(
+                f"{doing}: nothing is averaged yet (update {self.updates}, first snapshot at "
+                f"{self.schedule.first}{skipped}).",
+                hint="train past the first snapshot, or start the average sooner.",
+            )
+
+    # Saving and loading.
+
+    def counters(self) -> SWAState:
+        """What is counted, in the core's form, without the arrays."""
+        return SWAState(self.updates, self.n_averaged, self.n_skipped, self.total, None)
+
+    def restore(self, counters: dict[str, Any], cohorts: list[Cohort]) -> None:
+        """Goes on from saved counters and averages, which fit the parameters."""
+        self.reset()
+        self.updates, self.n_averaged = counters["updates"], counters["n_averaged"]
+        self.n_skipped, self.total = counters["n_skipped"], counters["total"]
+        self.cohorts = cohorts
+        self.join()
+        # Allocation is behind us even before the first update.
+        self._due = self.schedule.next_after(self.updates)
+
+
+def say_dtype(dtype: torch.dtype) -> str:
+    """A dtype without the name of its framework."""
+    return str(dtype).removeprefix("torch.")

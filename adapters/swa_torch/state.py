@@ -1,0 +1,201 @@
+"""The average inside an optimizer's state dict, and out of it again.
+
+The counters and what they were counted by stand under the key "swa", which a plain optimizer
+ignores. The tensors of a parameter stand beside its other state, as ``state[id]["swa_average"]``
+(and ``"swa_live"`` while the average stands in for the weights), where tools that move or shard an
+optimizer's state find them - but only where the optimizer has state of its own: Adam and others
+take any entry for a complete one. The rest stands under ``["swa"]["averages"]``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swa_core.errors import StateError, StructureError
+from swa_core.saving import header, read_header
+from swa_torch.cohort import Cohort, Position, accumulator_dtype
+from swa_torch.running_average import RunningAverage, say_dtype
+
+_KEYS = ("swa_average", "swa_live")
+_OTHER = "load it into the model and the parameter groups it was saved with."
+_EARLIER = "load an earlier checkpoint."
+
+
+class Loaded(NamedTuple):
+    """A state dict that was found to fit, taken apart; nothing has been changed yet.
+
+    Attributes:
+      plain: what the wrapped optimizer is to load.
+      counters: as ``swa_core.saving.read_header`` gives them; None in a plain optimizer's state.
+      cohorts: the averages, in tensors of their own.
+      base_rates: of the groups at the start.
+      live: the weights to train on with, by position, if the state was saved while swapped.
+    """
+
+    plain: dict[str, Any]
+    counters: dict[str, Any] | None
+    cohorts: list[Cohort]
+    base_rates: list[float | None]
+    live: dict[Position, Tensor]
+
+
+def pack(plain: dict[str, Any], average: RunningAverage) -> dict[str, Any]:
+    """The wrapped optimizer's state dict with the average put in; ``plain`` is not changed."""
+    ids = _ids([len(group["params"]) for group in plain["param_groups"]])
+    number = {position: place for place, position in enumerate(ids)}
+    entries: dict[int, dict[str, Tensor]] = {}
+    for cohort in average.cohorts:
+        for position, tensor in zip(cohort.positions, cohort.averages, strict=True):
+            entries[number[position]] = {"swa_average": tensor}
+    if average.swap is not None:
+        for position, tensor in average.swap.averages.items():
+            live = average.swap.live[position].detach()
+            entries[number[position]] = {"swa_average": tensor.detach(), "swa_live": live}
+    state = dict(plain["state"])
+    elsewhere = {}
+    for place, tensors in entries.items():
+        if state.get(place):
+            state[place] = {**state[place], **tensors}
+        else:
+            elsewhere[place] = tensors
+    swa = {
+        **header(average.counters(), average.schedule, average.rule),
+        "cohorts": [
+            {
+                "n_averaged": cohort.n_averaged,
+                "total": cohort.total,
+                "parameters": [number[position] for position in cohort.positions],
+            }
+            for cohort in average.cohorts
+        ],
+        "swapped": average.swap is not None,
+        "base_rates": [] if average.rates is None else list(average.rates.base),
+        "averages": elsewhere,
+    }
+    return {**plain, "state": state, "swa": swa}
+
+
+def unpack(saved: Any, average: RunningAverage) -> Loaded:
+    """Takes a state dict apart and checks that this training can go on with it.
+
+    Raises:
+      StateError: truncated, damaged, newer, or of another schedule or rule.
+      StructureError: of other parameters.
+    """
+    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
+        raise StateError("this is no optimizer's state.", hint="load what state_dict() returned.")
+    _check_groups(saved["param_groups"], average)
+    beside = {
+        place: {key: entry[key] for key in _KEYS if key in entry}
+        for place, entry in saved["state"].items()
+        if isinstance(entry, Mapping)
+    }
+    plain = {key: value for key, value in saved.items() if key != "swa"}
+    plain["state"] = {
+        place: {key: value for key, value in entry.items() if key not in _KEYS}
+        if beside.get(place)
+        else entry
+        for place, entry in saved["state"].items()
+    }
+    swa = saved.get("swa")
+    if swa is None:
+        return Loaded(plain, None, [], [], {})
+    counters = read_header(swa, average.schedule, average.rule)
+    try:
+        tensors = {
+            place: {**beside.get(place, {}), **entry} for place, entry in swa["averages"].items()
+        }
+        tensors = {**beside, **tensors}
+        is_swapped = bool(swa["swapped"])
+        counts = [
+            (int(cohort["n_averaged"]), float(cohort["total"]), [*map(int, cohort["parameters"])])
+            for cohort in swa["cohorts"]
+        ]
+        base_rates = [None if rate is None else float(rate) for rate in swa["base_rates"]]
+    except KeyError as error:
+        raise StateError(
+            f"the saved average is truncated: {error.args[0]} missing.", hint=_EARLIER
+        ) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise StateError(f"the saved average is damaged: {error}.", hint=_EARLIER) from error
+
+    ids = _ids([len(group["params"]) for group in saved["param_groups"]])
+    parameters = dict(average.positions())
+    cohorts, live = [], {}
+    for n_averaged, total, places in counts:
+        positions = []
+        for place in places:
+            if not 0 <= place < len(ids) or ids[place] not in parameters:
+                raise StateError(
+                    f"the saved average is damaged: it names a parameter {place}.", hint=_EARLIER
+                )
+            positions.append(ids[place])
+        averages = []
+        for place, position in zip(places, positions, strict=True):
+            found = tensors.get(place, {})
+            averages.append(_taken(found, "swa_average", position, parameters, average))
+            if is_swapped and n_averaged:
+                live[position] = _taken(found, "swa_live", position, parameters, average)
+        here = [parameters[position] for position in positions]
+        cohorts.append(Cohort(positions, here, averages, n_averaged, total))
+    return Loaded(plain, counters, cohorts, base_rates, live)
+
+
+def _ids(sizes: list[int]) -> list[Position]:
+    """The positions behind the ids of a state dict, which count through all groups."""
+    return [Position(g, i) for g, size in enumerate(sizes) for i in range(size)]
+
+
+def _check_groups(saved: Any, average: RunningAverage) -> None:
+    sizes = [len(group["params"]) for group in saved]
+    now = [len(group["params"]) for group in average.optimizer.param_groups]
+    if len(sizes) != len(now):
+        raise StructureError(
+            f"cannot load the saved state: it has {len(sizes)} parameter groups, but this "
+            f"optimizer has {len(now)}.",
+            hint=_OTHER,
+        )
+    for place, (before, here) in enumerate(itertools.zip_longest(sizes, now)):
+        if before != here:
+            raise StructureError(
+                f"cannot load the saved state: group {place} has {before} parameters there, but "
+                f"{here} here.",
+                hint=_OTHER,
+            )
+
+
+def _taken(
+    found: Mapping[str, Any],
+    key: str,
+    position: Position,
+    parameters: dict[Position, Tensor],
+    average: RunningAverage,
+) -> Tensor:
+    """A copy of one saved tensor, beside its parameter, if it is there and fits."""
+    saved, parameter = found.get(key), parameters[position]
+    name = average.name(position)
+    if not isinstance(saved, Tensor):
+        raise StateError(
+            f"the saved average is truncated: that of {name} is missing ('{key}').", hint=_EARLIER
+        )
+    if saved.shape != parameter.shape:
+        raise StructureError(
+            f"cannot load the saved average: {name} has shape {tuple(parameter.shape)}, but the "
+            f"saved one has {tuple(saved.shape)}.",
+            hint=_OTHER,
+        )
+    dtype = accumulator_dtype(parameter.dtype)
+    if accumulator_dtype(saved.dtype) != dtype:
+        raise StructureError(
+            f"cannot load the saved average: {name} has dtype {say_dtype(parameter.dtype)}, whose "
+            f"average is kept in {say_dtype(dtype)}, but the saved one is "
+            f"{say_dtype(saved.dtype)}.",
+            hint=_OTHER,
+        )
+    wanted = dtype if key == "swa_average" else parameter.dtype
+    return torch.empty_like(parameter, dtype=wanted, requires_grad=False).copy_(saved)

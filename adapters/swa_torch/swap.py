@@ -1,0 +1,93 @@
+"""Weights and averages change places, by value and without a second copy of the weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from swa_torch.cohort import Cohort, Position, Scratch, in_pieces
+
+
+class Swap:
+    """The averages stand in the parameters, and the live weights wait to return.
+
+    Where both have the same dtype they are exchanged through a small scratch: the average's
+    memory holds the live weights meanwhile. A half-precision parameter cannot hold its float32
+    average, so a copy of it is kept instead and the average stays where it is. The parameters
+    keep their memory, so whoever else holds it (CUDA graphs, compiled code) sees the change.
+    """
+
+    def __init__(self, cohorts: Iterable[Cohort], scratch: Scratch) -> None:
+        self._scratch = scratch
+        self._exchanged: list[tuple[Tensor, Tensor]] = []
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        # Where each side is now, for whoever saves while swapped.
+        self.averages: dict[Position, Tensor] = {}
+        self.live: dict[Position, Tensor] = {}
+        narrow = []
+        for cohort in cohorts:
+            if not cohort.n_averaged:
+                continue
+            members = zip(cohort.positions, cohort.averages, cohort.parameters, strict=True)
+            for position, average, parameter in members:
+                if average.dtype == parameter.dtype:
+                    self._exchanged.append((average, parameter))
+                    self.averages[position], self.live[position] = parameter, average
+                else:
+                    narrow.append((average, parameter))
+                    kept = parameter.detach().clone()
+                    self._kept.append((kept, parameter))
+                    self.averages[position], self.live[position] = average, kept
+        with torch.no_grad():
+            self._exchange()
+            try:
+                for average, parameter in narrow:
+                    parameter.copy_(average)
+            except BaseException:
+                self._restore_kept()
+                self._exchange()
+                raise
+        self._versions = [parameter._version for _, parameter in self._exchanged]
+        torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def undo(self) -> bool:
+        """The live weights return. Whether somebody wrote to the averages in their place."""
+        was_written = [parameter._version for _, parameter in self._exchanged] != self._versions
+        self._restore_kept()
+        self._exchange()
+        torch.clear_autocast_cache()
+        return was_written
+
+    @torch.no_grad()
+    def keep(self) -> bool:
+        """The averages stay in the parameters for good, and go on as averages too."""
+        was_written = [parameter._version for _, parameter in self._exchanged] != self._versions
+        for average, parameter in self._exchanged:
+            average.copy_(parameter)
+        return was_written
+
+    def _restore_kept(self) -> None:
+        for kept, parameter in self._kept:
+            parameter.copy_(kept)
+
+    def _exchange(self) -> None:
+        """Both sides change places, all of them or none."""
+        done = 0
+        try:
+            for piece in in_pieces(self._exchanged, self._scratch):
+                _exchange(*piece)
+                done += 1
+        except BaseException:
+            for piece in itertools.islice(in_pieces(self._exchanged, self._scratch), done):
+                _exchange(*piece)
+            raise
+
+
+def _exchange(averages: list[Tensor], parameters: list[Tensor], room: list[Tensor]) -> None:
+    torch._foreach_copy_(room, parameters)
+    torch._foreach_copy_(parameters, averages)
+    torch._foreach_copy_(averages, room)
