@@ -1,0 +1,200 @@
+"""Reading the average out of the state of any optimizer that holds it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from swa_core import NothingAveragedError, StateError, StructureError, SWAState, SWAWarning
+from swa_optax.paths import Tree, averaged_leaves, leaves
+
+# Whether reading before the first snapshot has warned since the last ``init``: an evaluation in
+# every epoch of a long training warns once. States are arrays only, so none can remember it.
+_has_warned = False
+
+
+def expect_a_first_snapshot() -> None:
+    """A new training begins, which may warn once that nothing is averaged yet."""
+    global _has_warned
+    _has_warned = False
+
+
+def find_state(opt_state: Tree) -> SWAState:
+    """The one ``SWAState`` in an optimizer state of any nesting.
+
+    Raises:
+      StateError: there is none, or there are several.
+
+    >>> find_state(({"inner": SWAState(1, 0, 0, 0.0, None)}, ())).updates
+    1
+    """
+    found = {
+        path: part
+        for path, part in jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)[0]
+        if is_state(part)
+    }
+    if not found:
+        raise StateError(
+            "the optimizer state holds no average.",
+            hint="put swa_optax.swa(config) last in the chain, and pass the state of the whole "
+            "optimizer (tx.init, tx.update).",
+        )
+    if len(found) > 1:
+        places = ", ".join("opt_state" + "".join(map(str, path)) for path in found)
+        raise StateError(
+            f"the optimizer state holds {len(found)} averages: {places}.",
+            hint="pass the part of the state that holds the one you mean, or put one swa at the "
+            "end of the outermost chain instead of one in each part.",
+        )
+    return next(iter(found.values()))
+
+
+def is_state(part: Any) -> bool:
+    """Whether a part of an optimizer state is the one of ``swa``."""
+    return isinstance(part, SWAState)
+
+
+def n_averaged(opt_state: Tree) -> int | jax.Array:
+    """The number of snapshots in the average.
+
+    Args:
+      opt_state: the state of an optimizer with ``swa`` in it.
+
+    Returns:
+      An int; inside of jit, and for an ensemble made by vmap, an int32 array.
+
+    >>> n_averaged(SWAState(7, 2, 0, 2.0, None))
+    2
+    """
+    return _count(find_state(opt_state).n_averaged)
+
+
+def n_skipped(opt_state: Tree) -> int | jax.Array:
+    """The number of snapshots left out because they held NaN or Inf.
+
+    Args:
+      opt_state: the state of an optimizer with ``swa`` in it.
+
+    Returns:
+      An int; inside of jit, and for an ensemble made by vmap, an int32 array.
+
+    >>> n_skipped(SWAState(7, 2, 1, 2.0, None))
+    1
+    """
+    return _count(find_state(opt_state).n_skipped)
+
+
+def averaged_params(opt_state: Tree, params: Tree) -> Tree:
+    """The averaged parameters, for evaluation, in the structure and dtypes of ``params``.
+
+    Leaves that are not averaged (masked, frozen by ``optax.partition``, integers, keys) are those
+    of ``params``. Before the first snapshot all are, with one warning (none inside of jit).
+
+    Args:
+      opt_state: the state of an optimizer with ``swa`` in it, of any nesting.
+      params: the parameters of the training.
+
+    Returns:
+      A tree like ``params`` whose averaged leaves are copies: donating them loses no average.
+
+    Raises:
+      StateError: the state holds no average, several, or those of an ensemble.
+      StructureError: the average holds leaves that ``params`` does not, or other shapes.
+
+    >>> state = SWAState(7, 2, 0, 2.0, {"w": jnp.array([0.5]), "steps": None})
+    >>> averaged_params(state, {"w": jnp.array([1.0]), "steps": 3})
+    {'steps': 3, 'w': Array([0.5], dtype=float32)}
+    """
+    state = find_state(opt_state)
+    if isinstance(state.n_averaged, jax.core.Tracer):
+        return _merged(state, params, state.n_averaged > 0)
+    if not _number(state):
+        global _has_warned
+        if not _has_warned:
+            _has_warned = True
+            warnings.warn(
+                f"nothing is averaged yet (after {state.updates} updates): these are the live "
+                "parameters.",
+                SWAWarning,
+                stacklevel=2,
+            )
+        _merged(state, params, True)  # refuses what it would refuse later
+        return params
+    return _merged(state, params, True)
+
+
+def finalize(opt_state: Tree, params: Tree) -> Tree:
+    """The averaged parameters, to keep for good at the end of a training.
+
+    Args:
+      opt_state: the state of an optimizer with ``swa`` in it.
+      params: the last parameters of the training.
+
+    Returns:
+      As ``averaged_params``.
+
+    Raises:
+      NothingAveragedError: there was no snapshot, or none without NaN or Inf.
+      StateError: as ``averaged_params``, and inside of jit, where this cannot be known.
+      StructureError: as ``averaged_params``.
+
+    >>> finalize(SWAState(7, 2, 0, 2.0, {"w": jnp.array([0.5])}), {"w": jnp.array([1.0])})
+    {'w': Array([0.5], dtype=float32)}
+    """
+    state = find_state(opt_state)
+    if isinstance(state.n_averaged, jax.core.Tracer):
+        raise StateError(
+            "finalize() inside of jit cannot know whether anything is averaged.",
+            hint="call it outside, or use averaged_params, which gives the live parameters then.",
+        )
+    if not _number(state):
+        skipped = int(state.n_skipped)
+        why = f"; {skipped} snapshots held NaN or Inf and were left out" if skipped else ""
+        raise NothingAveragedError(
+            f"finalize() before the first snapshot: nothing is averaged after {state.updates} "
+            f"updates{why}.",
+            hint="train past the start, or start sooner.",
+        )
+    return _merged(state, params, True)
+
+
+def _count(count: Any) -> int | jax.Array:
+    return count if isinstance(count, jax.core.Tracer) or jnp.ndim(count) else int(count)
+
+
+def _number(state: SWAState) -> int:
+    if jnp.ndim(state.n_averaged):
+        raise StateError(
+            f"the state is an ensemble's: n_averaged has shape {jnp.shape(state.n_averaged)}.",
+            hint="map over its members: jax.vmap(averaged_params)(opt_state, params).",
+        )
+    return int(state.n_averaged)
+
+
+def _merged(state: SWAState, params: Tree, any_yet: Any) -> Tree:
+    """``params`` with the averaged leaves in their places, where there are any yet."""
+    average, live = leaves(state.average), averaged_leaves(params)
+    hint = "pass the parameters of this training, whole."
+    for path, leaf in average.items():
+        if path not in live:
+            raise StructureError(
+                f"cannot read the average: the parameters have no floating-point leaf '{path}'.",
+                hint=hint,
+            )
+        if jnp.shape(leaf) != jnp.shape(live[path]):
+            raise StructureError(
+                f"cannot read the average: leaf '{path}' has shape {jnp.shape(live[path])}, but "
+                f"the running average holds {jnp.shape(leaf)}.",
+                hint=hint,
+            )
+
+    def read(path: tuple[Any, ...], leaf: Any) -> Any:
+        if path not in average:
+            return leaf
+        mean = jnp.array(average[path], dtype=jnp.result_type(leaf), copy=True)
+        return mean if any_yet is True else jnp.where(any_yet, mean, leaf)
+
+    return jax.tree_util.tree_map_with_path(read, params)

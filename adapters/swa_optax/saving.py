@@ -1,0 +1,110 @@
+"""The state of the averaging alone as a plain dictionary of numpy arrays, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from swa_core import Rule, Schedule, StateError, SWAState
+from swa_core.averaging import check_leaves
+from swa_core.saving import header, read_header
+from swa_optax.paths import Tree, leaves
+from swa_optax.placing import placed_like
+from swa_optax.reading import find_state, is_state
+
+
+def state_to_dict(
+    opt_state: Tree, *, schedule: Schedule | None = None, rule: Rule | None = None
+) -> dict[str, Any]:
+    """The average as a plain dictionary: version, counters, and numpy arrays by path.
+
+    The same form as ``swa_core.state_to_dict``. A whole optimizer state can as well be saved as
+    any other (``flax.serialization``, Orbax, pickle); but arrays are all it holds, so that only
+    this form can tell on loading whether schedule and rule are still the same.
+
+    Args:
+      opt_state: the state of an optimizer with ``swa`` in it, of any nesting.
+      schedule: saved too (``config.schedule(...)``), so that loading into another one is refused.
+      rule: likewise (``config.rule``).
+
+    Raises:
+      StateError: the state holds no average, or several; or two leaves have the same path.
+
+    >>> state_to_dict(SWAState(7, 2, 0, 2.0, {"w": jnp.zeros(1)}))["average"]
+    {'w': array([0.], dtype=float32)}
+    """
+    state = find_state(opt_state)
+    return {**header(state, schedule, rule), "average": _by_name(state.average)}
+
+
+def state_from_dict(
+    saved: Mapping[str, Any],
+    opt_state: Tree,
+    *,
+    schedule: Schedule | None = None,
+    rule: Rule | None = None,
+) -> Tree:
+    """An optimizer state with the saved average in the place of its own.
+
+    Args:
+      saved: what ``state_to_dict`` returned.
+      opt_state: the optimizer state of the training that goes on (of ``tx.init(params)``).
+      schedule: of this training; checked if both sides know theirs.
+      rule: likewise.
+
+    Returns:
+      The optimizer state; arrays lie on the devices where those of ``opt_state`` lie.
+
+    Raises:
+      StateError: truncated, damaged, newer, or of another schedule or rule.
+      StructureError: of other parameters.
+
+    >>> saved = state_to_dict(SWAState(7, 2, 0, 2.0, {"w": jnp.ones(1)}))
+    >>> empty = SWAState(0, 0, 0, 0.0, {"w": jnp.zeros(1)})
+    >>> state_from_dict(saved, empty).average
+    {'w': Array([1.], dtype=float32)}
+    """
+    now = find_state(opt_state)
+    counters = read_header(saved, schedule, rule)
+    if not isinstance(saved.get("average"), Mapping):
+        raise StateError(
+            "the saved average is truncated: its arrays are missing.",
+            hint="load an earlier checkpoint.",
+        )
+    held = {path: np.asarray(leaf) for path, leaf in saved["average"].items()}
+    own = _named(now.average)
+    check_leaves(
+        held, own, "cannot load the saved average", "load it into the model it was saved with."
+    )
+    average = [placed_like(held[path], own[path]) for path in own]
+    restored = SWAState(
+        updates=jnp.array(counters["updates"], jnp.int32),
+        n_averaged=jnp.array(counters["n_averaged"], jnp.int32),
+        n_skipped=jnp.array(counters["n_skipped"], jnp.int32),
+        total=jnp.array(counters["total"], jnp.float32),  # type: ignore[arg-type]
+        average=jax.tree.unflatten(jax.tree.structure(now.average), average),
+    )
+    return jax.tree.map(
+        lambda part: restored if is_state(part) else part, opt_state, is_leaf=is_state
+    )
+
+
+def _by_name(average: Tree) -> dict[str, Any]:
+    return {path: np.array(leaf) for path, leaf in _named(average).items()}
+
+
+def _named(average: Tree) -> dict[str, Any]:
+    """The leaves of an average by printed path, which must tell them apart."""
+    named: dict[str, Any] = {}
+    for path, leaf in leaves(average).items():
+        if str(path) in named:
+            raise StateError(
+                f"two leaves have the path '{path}', so they cannot be saved apart.",
+                hint="use keys without '/', or save the optimizer state itself.",
+            )
+        named[str(path)] = leaf
+    return named
