@@ -88,15 +88,18 @@ def learning_rate(update: Any, base: Any, lr: LRSchedule, *, xp: Any = np) -> An
     >>> [round(float(learning_rate(u, 0.1, lr)), 4) for u in (10, 11, 12, 13, 14)]
     [0.1, 0.03, 0.01, 0.03, 0.01]
     """
+    # Ends are taken as they are: base + (value - base) need not be value, and a compiler that
+    # multiplies by 1 / 7 makes of 7 / 7 something else than 1.
     since = update - lr.start
     if lr.cycle is not None:
-        t = (xp.maximum(since - 1, 0) % lr.cycle + 1) / lr.cycle
-        rate = (1.0 - t) * lr.value + t * lr.low
+        low: Any = lr.low
+        place = xp.maximum(since - 1, 0) % lr.cycle + 1
+        rate = lr.value + (place / lr.cycle) * (low - lr.value)
+        rate = xp.where(place >= lr.cycle, low, rate)
     elif lr.anneal:
         t = xp.clip(since, 0, lr.anneal) / lr.anneal
         if lr.shape == "cosine":
             t = (1.0 - xp.cos(np.pi * t)) / 2.0
-        # The ends are taken as they are: base + (value - base) need not be value.
         rate = xp.where(since >= lr.anneal, lr.value, base + t * (lr.value - base))
     else:
         rate = lr.value
