@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,7 +121,7 @@ class RunningAverage:
             return [array.copy() for array in self._waiting]
         return [self.backend.to_numpy(tensor) for tensor in self._tensors]
 
-    def load(self, counters: dict[str, Any], saved: dict[str, Any]) -> None:
+    def load(self, counters: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """Takes over the counters and arrays of a saved state; nothing is changed by a bad one.
 
         Raises:

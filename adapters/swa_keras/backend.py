@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Tensor = Any
-Variable = keras.Variable
+Variable = Any  # keras.Variable is another class on every backend
 
 
 class Backend(Protocol):
@@ -49,7 +49,7 @@ class Backend(Protocol):
         """New averages with these values, where the variables are."""
 
     def to_numpy(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """A copy on the host."""
+        """A copy on the host (Keras' own conversion warns with numpy 2 on two backends)."""
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, compiled where the backend does so, without gradients."""
@@ -60,12 +60,13 @@ def current() -> Backend:
     name = keras.backend.backend()
     if name not in ("tensorflow", "jax", "torch"):
         raise ImportError(f"swa_keras averages on tensorflow, jax and torch; Keras runs on {name}")
-    return importlib.import_module(f"swa_keras.backend_{name}").make()
+    backend: Backend = importlib.import_module(f"swa_keras.backend_{name}").make()
+    return backend
 
 
 def is_floating(variable: Variable) -> bool:
     """Whether the variable is averaged: floating point of any width, and not an integer."""
-    return keras.backend.is_float_dtype(variable.dtype)
+    return bool(keras.backend.is_float_dtype(variable.dtype))
 
 
 def wide(dtype: str) -> str:

@@ -35,7 +35,8 @@ class _JaxBackend:
     def lerp(
         self, averages: list[jax.Array], variables: Sequence[Variable], weight: float
     ) -> list[jax.Array]:
-        return _lerp(averages, [v.value for v in variables], np.asarray(weight))
+        moved: list[jax.Array] = _lerp(averages, [v.value for v in variables], np.asarray(weight))
+        return moved
 
     def all_finite(self, variables: Sequence[Variable]) -> bool:
         return bool(_all_finite([v.value for v in variables]))

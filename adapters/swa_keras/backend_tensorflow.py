@@ -65,10 +65,11 @@ class _TensorFlowBackend:
         return [tf.Variable(array, trainable=False) for array in arrays]
 
     def to_numpy(self, tensor: Any) -> npt.NDArray[Any]:
-        return np.array(tensor)
+        return np.array(tensor.numpy())
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return tf.function(function, autograph=False, reduce_retracing=True)
+        graph: Callable[..., Any] = tf.function(function, autograph=False, reduce_retracing=True)
+        return graph
 
 
 make = _TensorFlowBackend

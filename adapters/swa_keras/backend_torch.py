@@ -65,6 +65,8 @@ class _TorchBackend:
         ]
 
     def to_numpy(self, tensor: torch.Tensor) -> npt.NDArray[Any]:
+        if tensor.dtype == torch.bfloat16:  # which torch does not hand to numpy
+            tensor = tensor.float()
         return np.array(tensor.detach().cpu().numpy())
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -51,7 +51,7 @@ def update_bn(model: keras.Model, data: Any, *, batch_size: int = 32) -> None:
     >>> layer = keras.layers.BatchNormalization()
     >>> model = keras.Sequential([keras.Input((1,)), layer])
     >>> update_bn(model, np.float32([[0], [2], [4]]), batch_size=2)
-    >>> float(np.array(layer.moving_mean)[0]), round(float(np.array(layer.moving_variance)[0]), 4)
+    >>> float(layer.moving_mean[0]), round(float(layer.moving_variance[0]), 4)
     (2.0, 2.6667)
     """
     if not has_batch_norm(model):
@@ -208,7 +208,7 @@ def _count(layer: Any, inputs: Any, mask: Any) -> Any:
     sizes = keras.ops.shape(inputs)
     if mask is None:
         counted = [sizes[axis] for axis in layer._reduction_axes]
-        masked = 1.0
+        masked = keras.ops.ones((), "float32")
     else:
         # A mask has one dimension less than the inputs: the last is missing.
         counted = []
@@ -225,4 +225,4 @@ def _other_variables(model: Any) -> list[Any]:
 
 
 def _float64(tensor: Any) -> npt.NDArray[np.float64]:
-    return np.asarray(keras.ops.convert_to_numpy(tensor), np.float64).reshape(-1)
+    return current().to_numpy(tensor).astype(np.float64).reshape(-1)

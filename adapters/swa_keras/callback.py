@@ -141,7 +141,7 @@ class SWA(keras.callbacks.Callback):
             return self._average.arrays()
         self._warn_empty()
         return [
-            np.array(keras.ops.convert_to_numpy(keras.ops.cast(v.value, wide(v.dtype))))
+            self._average.backend.to_numpy(keras.ops.cast(v.value, wide(v.dtype)))
             for v in averaged_variables(self._model_or(None))
         ]
 
@@ -517,7 +517,7 @@ class SWA(keras.callbacks.Callback):
 
     def _look(self) -> None:
         """Asks the optimizer how many updates are completed, and takes the snapshot if due."""
-        assert self._counter is not None and self._timetable is not None
+        assert self._counter is not None
         model = self.model
         self._updates = self._counter.read()
         if self._updates < self._next:

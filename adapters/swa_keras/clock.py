@@ -10,6 +10,7 @@ import numpy as np
 from swa_core import ConfigError, LRSchedule, Schedule, SWAConfig, SWAError
 from swa_core.errors import Fault
 from swa_core.units import Time
+from swa_keras.backend import current
 from swa_keras.model_state import inner_optimizer, is_loss_scaled
 
 Unit = Literal["update", "epoch"]
@@ -158,7 +159,7 @@ class UpdateCounter:
         return self._base + self._steps // self._accumulation
 
     def _read(self) -> int:
-        return int(keras.ops.convert_to_numpy(self._iterations))
+        return int(current().to_numpy(keras.ops.convert_to_tensor(self._iterations)))
 
     def check_executions(
         self, schedule: Schedule, *, steps: int, epochs: int, steps_per_execution: int

@@ -9,6 +9,7 @@ import keras
 
 from swa_core import LRSchedule, SWAError
 from swa_core.learning_rate import learning_rate
+from swa_keras.backend import current
 from swa_keras.model_state import inner_optimizer
 
 
@@ -38,7 +39,7 @@ class Rate:
         if update <= self.lr.start:
             return
         if self.base is None:
-            self.base = float(keras.ops.convert_to_numpy(model_of().optimizer.learning_rate))
+            self.base = _number(model_of().optimizer.learning_rate)
         rate = float(learning_rate(update, self.base, self.lr))
         if rate != self._set:
             model_of().optimizer.learning_rate = rate
@@ -64,3 +65,7 @@ def check_settable(model: Any) -> None:
             "which cannot be set.",
             hint="give the optimizer a float learning_rate, or leave out [swa.lr].",
         )
+
+
+def _number(rate: Any) -> float:
+    return float(current().to_numpy(keras.ops.convert_to_tensor(rate)))

@@ -1,4 +1,4 @@
-"""swa_keras under the conformance kit: real Keras variables, a real optimizer, a loop of one's own."""
+"""swa_keras under the conformance kit: real Keras variables and optimizer, a custom loop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from swa_core.testing import Driver, Weights
 from swa_keras import SWA
+from swa_keras.backend import current
 
 
 class Scripted(keras.optimizers.Optimizer):
@@ -55,7 +56,15 @@ class Weighted(keras.Model):
             self.named[name].assign(keras.ops.convert_to_tensor(value))
 
     def get(self) -> Weights:
-        return {name: np.array(v.numpy()) for name, v in self.named.items()}
+        return {name: array_of(v) for name, v in self.named.items()}
+
+
+def array_of(variable: Any) -> np.ndarray:
+    """A copy in the variable's own dtype; Keras' own conversion warns with numpy 2."""
+    value = keras.ops.convert_to_tensor(variable)
+    if variable.dtype == "bfloat16":  # through float32, since torch has none for numpy
+        value = keras.ops.cast(value, "float32")
+    return current().to_numpy(value).astype(np.dtype(variable.dtype))
 
 
 class KerasDriver(Driver):
