@@ -145,18 +145,8 @@ class SWA(torch.optim.Optimizer):
         What is not averaged (frozen parameters; all of them before the first snapshot, with a
         warning said once) is a copy of the live weights.
         """
-        average = self._average
-        average.warn_if_empty(stacklevel=2)
-        values = average.values()
-        found = dict(average.positions())
-        by_identity = {
-            id(parameter): values.get(position, parameter) for position, parameter in found.items()
-        }
-        return [
-            by_identity[id(parameter)].detach().clone()
-            for group in self.param_groups
-            for parameter in group["params"]
-        ]
+        self._average.warn_if_empty(stacklevel=2)
+        return self._average.read()
 
     @contextmanager
     def averaged(

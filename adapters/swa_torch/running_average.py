@@ -63,8 +63,7 @@ class RunningAverage:
         self.updates = self.n_averaged = self.n_skipped = 0
         self.total = 0.0
         self.cohorts: list[Cohort] = []
-        self._sizes: list[int] = []
-        self._seen: list[Tensor] = []
+        self._members: list[list[Tensor]] = []
         self._waiting: list[Tensor] = []
         # The averages are allocated at the first update: not before, because sharding replaces
         # parameters until then; not later, because a checkpoint is loaded into what is there.
@@ -137,12 +136,10 @@ class RunningAverage:
           StructureError: parameters are gone, were added to a known group, or have another shape
             or dtype. Nothing is changed then.
         """
-        groups = self.optimizer.param_groups
-        now = [parameter for group in groups for parameter in group["params"]]
+        now = [group["params"] for group in self.optimizer.param_groups]
         if (
-            len(now) == len(self._seen)
-            and len(groups) == len(self._sizes)
-            and all(map(operator.is_, now, self._seen))
+            [*map(len, now)] == [*map(len, self._members)]
+            and all(map(_are_the_same, now, self._members))
             and all(cohort.is_unchanged() for cohort in self.cohorts)
             and not any(parameter.requires_grad for parameter in self._waiting)
         ):
@@ -164,8 +161,7 @@ class RunningAverage:
         if new:
             self.cohorts.append(Cohort([*new], [*new.values()]))
         self._waiting = [p for p in others.values() if not p.requires_grad]
-        self._sizes = [len(group["params"]) for group in groups]
-        self._seen = now
+        self._members = [[*parameters] for parameters in now]
 
     def positions(self) -> Iterator[tuple[Position, Tensor]]:
         """The optimizer's parameters by position, each once, at its first one."""
@@ -185,17 +181,17 @@ class RunningAverage:
 
     def _check_numbers(self, doing: str) -> None:
         groups = self.optimizer.param_groups
-        if len(groups) < len(self._sizes):
+        if len(groups) < len(self._members):
             raise StructureError(
                 f"{doing}: the optimizer has {len(groups)} parameter groups, but the running "
-                f"average holds {len(self._sizes)}.",
+                f"average holds {len(self._members)}.",
                 hint=_HINT,
             )
-        for g, (group, size) in enumerate(zip(groups, self._sizes, strict=False)):
-            if len(group["params"]) != size:
+        for g, (group, members) in enumerate(zip(groups, self._members, strict=False)):
+            if len(group["params"]) != len(members):
                 raise StructureError(
                     f"{doing}: group {g} has {len(group['params'])} parameters, but the running "
-                    f"average holds {size}.",
+                    f"average holds {len(members)}.",
                     hint=f"{_HINT} New parameters can join through add_param_group().",
                 )
 
@@ -224,6 +220,22 @@ class RunningAverage:
                 )
 
     # Reading, swapping and keeping the average.
+
+    def read(self) -> list[Tensor]:
+        """Copies of the averages in the order of the groups, of live weights where there is none.
+
+        Parameters that were taken out of a known group since are still told of.
+        """
+        now = [group["params"] for group in self.optimizer.param_groups]
+        for g, members in enumerate(self._members):
+            if g >= len(now) or len(now[g]) != len(members):
+                now[g : g + 1] = [members]
+        values = self.values()
+        first: dict[int, Tensor] = {}
+        for g, parameters in enumerate(now):
+            for i, parameter in enumerate(parameters):
+                first.setdefault(id(parameter), values.get(Position(g, i), parameter))
+        return [first[id(p)].detach().clone() for parameters in now for p in parameters]
 
     def values(self) -> dict[Position, Tensor]:
         """The averages by position, wherever they stand now; without a snapshot there is none."""
@@ -305,6 +317,10 @@ class RunningAverage:
         self.join()
         # Allocation is behind us even before the first update.
         self._due = self.schedule.next_after(self.updates)
+
+
+def _are_the_same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(map(operator.is_, some, others))
 
 
 def say_dtype(dtype: torch.dtype) -> str:
