@@ -173,7 +173,7 @@ class SWA(torch.optim.Optimizer):
         statistics = self._check_bn(model, bn_data)
         average = self._average
         average.refuse_swapped("averaged()")
-        average.warn_if_empty(stacklevel=4)
+        average.warn_if_empty(stacklevel=3)
         average.swap_in("averaged()")
         try:
             with statistics:

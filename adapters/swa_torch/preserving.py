@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 
 class Buffers:
@@ -43,7 +44,9 @@ class Buffers:
         """Puts back what was changed, in the same memory where possible."""
         for module, name, buffer, version, value in self._saved:
             module._buffers[name] = buffer
-            if buffer._version != version:
+            # Norm layers write their statistics without torch counting it. Elsewhere what was
+            # not changed is not touched: a backward pass may be waiting for it.
+            if buffer._version != version or isinstance(module, _NormBase):
                 buffer.copy_(value)
 
 

@@ -231,11 +231,14 @@ class RunningAverage:
             if g >= len(now) or len(now[g]) != len(members):
                 now[g : g + 1] = [members]
         values = self.values()
-        first: dict[int, Tensor] = {}
-        for g, parameters in enumerate(now):
-            for i, parameter in enumerate(parameters):
-                first.setdefault(id(parameter), values.get(Position(g, i), parameter))
-        return [first[id(p)].detach().clone() for parameters in now for p in parameters]
+        places = [
+            (Position(g, i), parameter)
+            for g, parameters in enumerate(now)
+            for i, parameter in enumerate(parameters)
+        ]
+        # A parameter that stands in the groups twice is averaged at its first place.
+        shared = {id(p): values[place] for place, p in reversed(places) if place in values}
+        return [values.get(place, shared.get(id(p), p)).detach().clone() for place, p in places]
 
     def values(self) -> dict[Position, Tensor]:
         """The averages by position, wherever they stand now; without a snapshot there is none."""
@@ -281,7 +284,7 @@ class RunningAverage:
                 "weights were written to while the average stood in for them: the live weights "
                 "are back, but the average now holds what was written.",
                 SWAWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def refuse_swapped(self, doing: str) -> None:

@@ -87,9 +87,15 @@ def unpack(saved: Any, average: RunningAverage) -> Loaded:
       StateError: truncated, damaged, newer, or of another schedule or rule.
       StructureError: of other parameters.
     """
-    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
-        raise StateError("this is no optimizer's state.", hint="load what state_dict() returned.")
-    _check_groups(saved["param_groups"], average)
+    try:
+        sizes = [len(group["params"]) for group in saved["param_groups"]]
+        saved["state"].items()
+    except (TypeError, KeyError, AttributeError) as error:
+        raise StateError(
+            "this is no optimizer's state: it has no state or no parameter groups.",
+            hint="load what state_dict() returned.",
+        ) from error
+    _check_sizes(sizes, average)
     beside = {
         place: {key: entry[key] for key in _KEYS if key in entry}
         for place, entry in saved["state"].items()
@@ -124,7 +130,7 @@ def unpack(saved: Any, average: RunningAverage) -> Loaded:
     except (TypeError, ValueError, AttributeError) as error:
         raise StateError(f"the saved average is damaged: {error}.", hint=_EARLIER) from error
 
-    ids = _ids([len(group["params"]) for group in saved["param_groups"]])
+    ids = _ids(sizes)
     parameters = dict(average.positions())
     cohorts, live = [], {}
     for n_averaged, total, places in counts:
@@ -151,8 +157,7 @@ def _ids(sizes: list[int]) -> list[Position]:
     return [Position(g, i) for g, size in enumerate(sizes) for i in range(size)]
 
 
-def _check_groups(saved: Any, average: RunningAverage) -> None:
-    sizes = [len(group["params"]) for group in saved]
+def _check_sizes(sizes: list[int], average: RunningAverage) -> None:
     now = [len(group["params"]) for group in average.optimizer.param_groups]
     if len(sizes) != len(now):
         raise StructureError(

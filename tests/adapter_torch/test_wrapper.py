@@ -1,0 +1,357 @@
+"""SWA is an optimizer: schedulers, hooks, closures, scalers and copies take it for one."""
+
+import copy
+import gc
+import inspect
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from adapter_torch.training import EVERY_OTHER, averaging, network, same, sgd, train, values
+from torch.optim import lr_scheduler
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from swa_core import ConfigError, StructureError, SwappedError, SWAWarning
+from swa_torch import SWA
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adam-fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.01),
+}
+SCHEDULERS = {
+    "step": lambda o: lr_scheduler.StepLR(o, 3),
+    "multistep": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda e: 0.9**e),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+    "warm-restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "one-cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=3),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)], [4]
+    ),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5, 3), lr_scheduler.ExponentialLR(o, 0.95)], o
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_is_bit_identical_to_training_without(name):
+    plain, averaged = network(), network()
+    inner = OPTIMIZERS[name](averaged.parameters())
+    optimizer = SWA(inner, EVERY_OTHER)
+    train(plain, OPTIMIZERS[name](plain.parameters()), 12)
+    train(averaged, optimizer, 12)
+    assert same(plain.parameters(), averaged.parameters())
+    assert optimizer.n_averaged == 5
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.optimizer is inner
+
+
+def test_swapping_and_batch_norm_between_updates_do_not_disturb_the_training():
+    plain, (averaged, optimizer) = network(), averaging()
+    for model in (plain, averaged):
+        model.append(torch.nn.Dropout(0.5))
+    shuffler = torch.Generator().manual_seed(1)
+    data = torch.utils.data.DataLoader(
+        torch.randn(20, 4), batch_size=8, shuffle=True, generator=shuffler
+    )
+    before = shuffler.get_state()
+
+    def evaluate():
+        with optimizer.averaged(averaged, bn_data=data):
+            averaged.eval()
+            averaged(torch.zeros(2, 4))
+            averaged.train()
+
+    torch.manual_seed(3)
+    train(plain, sgd(plain), 10)
+    torch.manual_seed(3)
+    with pytest.warns(SWAWarning, match="nothing is averaged yet") as said:
+        train(averaged, optimizer, 10, after=evaluate)
+    assert len(said) == 1
+    assert same(plain.state_dict().values(), averaged.state_dict().values())
+    assert torch.equal(shuffler.get_state(), before)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_run_on_it_as_on_the_plain_optimizer(name):
+    plain, (averaged, optimizer) = network(), averaging()
+    rates = {}
+    for run, model, opt in (("plain", plain, sgd(plain)), ("averaged", averaged, optimizer)):
+        scheduler = SCHEDULERS[name](opt)
+        rates[run] = []
+
+        def after(scheduler=scheduler, opt=opt, seen=rates[run]):
+            scheduler.step()
+            seen.append((opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"]))
+
+        train(model, opt, 12, after=after)
+    assert rates["plain"] == rates["averaged"]
+    assert len(set(rates["plain"])) > 1
+    assert same(plain.parameters(), averaged.parameters())
+    assert optimizer.updates == 12
+    assert optimizer.n_averaged == 5
+
+
+def test_reduce_on_plateau():
+    model, optimizer = averaging()
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    train(model, optimizer, 4, after=lambda: scheduler.step(1.0))
+    assert optimizer.param_groups[0]["lr"] < 0.05
+    assert optimizer.optimizer.param_groups[0]["lr"] < 0.05
+
+
+def test_scheduler_sees_that_the_optimizer_was_stepped():
+    # A warning ("lr_scheduler.step() before optimizer.step()") would be an error here.
+    model, optimizer = averaging()
+    scheduler = lr_scheduler.StepLR(optimizer, 1)
+    train(model, optimizer, 1)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+
+
+def test_hooks_fire_once():
+    fired = []
+
+    def note(name):
+        return lambda *args: fired.append(name)
+
+    model, optimizer = averaging()
+    optimizer.register_step_pre_hook(note("pre"))
+    optimizer.register_step_post_hook(note("post"))
+    optimizer.register_state_dict_pre_hook(note("state pre"))
+    optimizer.register_state_dict_post_hook(note("state post"))
+    optimizer.register_load_state_dict_pre_hook(note("load pre"))
+    optimizer.register_load_state_dict_post_hook(note("load post"))
+    handles = [
+        register_optimizer_step_pre_hook(note("global pre")),
+        register_optimizer_step_post_hook(note("global post")),
+    ]
+    try:
+        train(model, optimizer, 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert fired == [
+        "global pre",
+        "pre",
+        "post",
+        "global post",
+        "state pre",
+        "state post",
+        "load pre",
+        "load post",
+    ]
+    removable = optimizer.register_step_post_hook(note("again"))
+    removable.remove()
+    train(model, optimizer, 1)
+    assert "again" not in fired
+
+
+def test_profiler_is_told_of_one_step():
+    model, optimizer = averaging()
+    train(model, optimizer, 1)
+    with torch.autograd.profiler.profile() as profile:
+        optimizer.step()
+    names = [event.name for event in profile.function_events if "Optimizer.step" in event.name]
+    assert names == ["Optimizer.step#SGD.step"]
+
+
+def test_whoever_steps_the_inner_optimizer_is_counted_once():
+    model, optimizer = averaging()
+    train(model, optimizer, 3)
+    train(model, optimizer.optimizer, 3)
+    assert optimizer.updates == 6
+    assert optimizer.n_averaged == 2
+
+
+def test_closures():
+    model, optimizer = averaging(make=lambda m: torch.optim.LBFGS(m.parameters(), max_iter=3))
+    plain = network()
+    x, y = torch.randn(8, 4), torch.randn(8, 1)
+    results = []
+    for net, opt in (
+        (plain, torch.optim.LBFGS(plain.parameters(), max_iter=3)),
+        (model, optimizer),
+    ):
+
+        def closure(net=net, opt=opt):
+            opt.zero_grad()
+            loss = torch.nn.functional.mse_loss(net(x), y)
+            loss.backward()
+            return loss
+
+        results.append([opt.step(closure).item() for _ in range(6)])
+    assert results[0] == results[1]
+    assert same(plain.parameters(), model.parameters())
+    assert (optimizer.updates, optimizer.n_averaged) == (6, 2)
+
+
+def test_a_closure_that_raises_is_no_update():
+    _, optimizer = averaging()
+
+    def closure():
+        raise KeyError("data ran out")
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert optimizer.updates == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_gradient_scaler_skips_is_no_update(fused):
+    model, optimizer = averaging(
+        make=lambda m: torch.optim.Adam(m.parameters(), lr=0.01, fused=fused)
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for update in range(6):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(8, 4)).square().mean()).backward()
+        if update in (1, 4):
+            model[0].weight.grad[0, 0] = float("inf")
+        before = values(model.parameters())
+        scaler.step(optimizer)
+        scaler.update()
+        assert same(before, model.parameters()) == (update in (1, 4))
+    assert optimizer.updates == 4
+    assert optimizer.n_averaged == 1
+
+
+def test_gradient_accumulation_counts_updates():
+    model, optimizer = averaging()
+    for number in range(1, 13):
+        model(torch.randn(8, 4)).square().mean().backward()
+        if number % 3 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.updates == 4
+
+
+def test_groups_state_and_defaults_are_the_inner_ones_also_after_loading():
+    model, optimizer = averaging()
+    train(model, optimizer, 2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups is optimizer.optimizer.param_groups
+    assert optimizer.state is optimizer.optimizer.state
+    assert optimizer.defaults is optimizer.optimizer.defaults
+    optimizer.param_groups[0]["lr"] = 0.25
+    assert optimizer.optimizer.param_groups[0]["lr"] == 0.25
+    groups, state, defaults = [dict(optimizer.param_groups[0])], {}, {"lr": 3}
+    optimizer.param_groups, optimizer.state, optimizer.defaults = groups, state, defaults
+    inner = optimizer.optimizer
+    assert (inner.param_groups, inner.state, inner.defaults) == (groups, state, defaults)
+    assert inner.param_groups is groups
+
+
+def test_zero_grad():
+    model, optimizer = averaging()
+    model(torch.randn(8, 4)).sum().backward()
+    optimizer.zero_grad(set_to_none=False)
+    assert all(not p.grad.any() for p in model.parameters())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_abilities_of_the_inner_optimizer_are_reached():
+    class Modal(torch.optim.SGD):
+        mode = "train"
+
+        def eval(self):
+            self.mode = "eval"
+
+    _, optimizer = averaging(make=lambda m: Modal(m.parameters(), lr=0.1))
+    optimizer.eval()
+    assert optimizer.optimizer.mode == "eval"
+    assert not hasattr(optimizer, "train")
+    assert not optimizer._step_supports_amp_scaling
+    assert "closure" in inspect.signature(optimizer.step).parameters
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "with a scheduler"])
+def test_copies_go_on_counting_by_themselves(how):
+    model, optimizer = averaging()
+    if how == "with a scheduler":
+        lr_scheduler.ConstantLR(optimizer, 1.0)
+    train(model, optimizer, 5)
+    copy_of = copy.deepcopy if how != "pickle" else lambda x: pickle.loads(pickle.dumps(x))
+    twin_model, twin = copy_of((model, optimizer))
+    train(twin_model, twin, 3, seed=1)
+    assert (optimizer.updates, optimizer.n_averaged) == (5, 1)
+    train(model, optimizer, 3, seed=1)
+    for run in (optimizer, twin):
+        assert (run.updates, run.n_averaged) == (8, 3)
+    assert same(model.parameters(), twin_model.parameters())
+    assert same(optimizer.averaged_parameters, twin.averaged_parameters)
+    assert twin.config == optimizer.config
+    # The twin's hooks are its own.
+    train(twin_model, twin.optimizer, 1)
+    assert (optimizer.updates, twin.updates) == (8, 9)
+
+
+def test_copies_inside_averaged_are_refused():
+    model, optimizer = averaging()
+    train(model, optimizer, 4)
+    with optimizer.averaged(), pytest.raises(SwappedError, match="copying"):
+        copy.deepcopy(optimizer)
+
+
+def test_a_wrapper_that_is_gone_counts_no_more():
+    model, optimizer = averaging()
+    inner = optimizer.optimizer
+    train(model, optimizer, 1)
+    del optimizer
+    gc.collect()
+    assert not inner._optimizer_step_post_hooks
+    assert not inner._optimizer_step_pre_hooks
+    train(model, inner, 1)
+
+
+def test_the_repr_shows_the_groups():
+    assert repr(averaging()[1]).startswith("SWA (\nParameter Group 0")
+
+
+def test_bad_arguments():
+    model = network()
+    with pytest.raises(TypeError, match=r"expected a torch\.optim.Optimizer to wrap, got Linear"):
+        SWA(model[0], EVERY_OTHER)
+    with pytest.raises(TypeError, match="wrapped in an SWA already"):
+        SWA(SWA(sgd(model), EVERY_OTHER), EVERY_OTHER)
+    with pytest.raises(StructureError, match="has no parameters"):
+        SWA(torch.optim.SGD([{"params": []}], lr=0.1), EVERY_OTHER)
+    with pytest.raises(ConfigError, match="total_steps"):
+        SWA(sgd(model), {"start": "75%", "every": "1step"})
+    with pytest.raises(ConfigError, match="steps_per_epoch"):
+        SWA(sgd(model), {"start": "2ep"})
+    with pytest.raises(ConfigError, match="before the first snapshot at 20"):
+        SWA(sgd(model), {"start": "20step", "every": "1step"}, total_steps=10)
+    with pytest.raises(ConfigError, match="unknown key"):
+        SWA(sgd(model), {"strat": "20step"})
+    # Nothing was left behind on the optimizer that was refused.
+    inner = sgd(model)
+    with pytest.raises(ConfigError):
+        SWA(inner, {"start": "2ep"})
+    assert not inner._optimizer_step_post_hooks
+
+
+def test_the_adapter_imports_no_other_framework():
+    code = (
+        "import sys, swa_torch; found = {'tensorflow', 'keras', 'jax', 'optax'} & set(sys.modules);"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
