@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from swa_core import NothingAveragedError, StateError, StructureError, SWAState, SWAWarning
-from swa_optax.paths import Tree, averaged_leaves, leaves
+from swa_optax.paths import Path, Tree, averaged_leaves, leaves
 
 # Whether reading before the first snapshot has warned since the last ``init``: an evaluation in
 # every epoch of a long training warns once. States are arrays only, so none can remember it.
@@ -109,21 +109,21 @@ def averaged_params(opt_state: Tree, params: Tree) -> Tree:
     {'steps': 3, 'w': Array([0.5], dtype=float32)}
     """
     state = find_state(opt_state)
+    average = _matched(state, params)
     if isinstance(state.n_averaged, jax.core.Tracer):
-        return _merged(state, params, state.n_averaged > 0)
-    if not _number(state):
-        global _has_warned
-        if not _has_warned:
-            _has_warned = True
-            warnings.warn(
-                f"nothing is averaged yet (after {state.updates} updates): these are the live "
-                "parameters.",
-                SWAWarning,
-                stacklevel=2,
-            )
-        _merged(state, params, True)  # refuses what it would refuse later
-        return params
-    return _merged(state, params, True)
+        return _merged(average, params, state.n_averaged > 0)
+    if _number(state):
+        return _merged(average, params)
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(
+            f"nothing is averaged yet (after {state.updates} updates): these are the live "
+            "parameters.",
+            SWAWarning,
+            stacklevel=2,
+        )
+    return params
 
 
 def finalize(opt_state: Tree, params: Tree) -> Tree:
@@ -158,7 +158,7 @@ def finalize(opt_state: Tree, params: Tree) -> Tree:
             f"updates{why}.",
             hint="train past the start, or start sooner.",
         )
-    return _merged(state, params, True)
+    return _merged(_matched(state, params), params)
 
 
 def _count(count: Any) -> int | jax.Array:
@@ -166,6 +166,7 @@ def _count(count: Any) -> int | jax.Array:
 
 
 def _number(state: SWAState) -> int:
+    """The number of snapshots, known outside of jit."""
     if jnp.ndim(state.n_averaged):
         raise StateError(
             f"the state is an ensemble's: n_averaged has shape {jnp.shape(state.n_averaged)}.",
@@ -174,8 +175,8 @@ def _number(state: SWAState) -> int:
     return int(state.n_averaged)
 
 
-def _merged(state: SWAState, params: Tree, any_yet: Any) -> Tree:
-    """``params`` with the averaged leaves in their places, where there are any yet."""
+def _matched(state: SWAState, params: Tree) -> dict[Path, Any]:
+    """The leaves of the average by path, if the parameters have them all."""
     average, live = leaves(state.average), averaged_leaves(params)
     hint = "pass the parameters of this training, whole."
     for path, leaf in average.items():
@@ -190,11 +191,16 @@ def _merged(state: SWAState, params: Tree, any_yet: Any) -> Tree:
                 f"the running average holds {jnp.shape(leaf)}.",
                 hint=hint,
             )
+    return average
 
-    def read(path: tuple[Any, ...], leaf: Any) -> Any:
+
+def _merged(average: dict[Path, Any], params: Tree, any_yet: jax.Array | None = None) -> Tree:
+    """``params`` with the averaged leaves in their places, where there are ``any_yet``."""
+
+    def read(path: Any, leaf: Any) -> Any:
         if path not in average:
             return leaf
         mean = jnp.array(average[path], dtype=jnp.result_type(leaf), copy=True)
-        return mean if any_yet is True else jnp.where(any_yet, mean, leaf)
+        return mean if any_yet is None else jnp.where(any_yet, mean, leaf)
 
     return jax.tree_util.tree_map_with_path(read, params)
