@@ -55,8 +55,9 @@ def swa_lr(
     last_at_base = lr.start - 1  # the count that asks for the rate of update ``start``
 
     def schedule(count: Any) -> jax.Array:
-        # One dtype, so that strict promotion finds nothing to promote.
+        # The same width for both, so that strict promotion finds nothing to promote.
         rate = jnp.asarray(base(jnp.minimum(count, last_at_base)), dtype=jnp.result_type(float))
-        return learning_rate(increment(count), rate, lr, xp=jnp)
+        update = increment(count).astype(jnp.result_type(int))
+        return learning_rate(update, rate, lr, xp=jnp)
 
     return schedule

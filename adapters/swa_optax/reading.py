@@ -167,12 +167,18 @@ def _count(count: Any) -> int | jax.Array:
 
 def _number(state: SWAState) -> int:
     """The number of snapshots, known outside of jit."""
+    refuse_ensemble(state)
+    return int(state.n_averaged)
+
+
+def refuse_ensemble(state: SWAState) -> None:
+    """Raises ``StateError`` for the states of several trainings in one, as vmap makes them."""
     if jnp.ndim(state.n_averaged):
         raise StateError(
             f"the state is an ensemble's: n_averaged has shape {jnp.shape(state.n_averaged)}.",
-            hint="map over its members: jax.vmap(averaged_params)(opt_state, params).",
+            hint="map over its members: jax.vmap(averaged_params)(opt_state, params); to save it, "
+            "save the optimizer state itself.",
         )
-    return int(state.n_averaged)
 
 
 def _matched(state: SWAState, params: Tree) -> dict[Path, Any]:

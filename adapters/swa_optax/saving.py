@@ -14,7 +14,7 @@ from swa_core.averaging import check_leaves
 from swa_core.saving import header, read_header
 from swa_optax.paths import Tree, leaves
 from swa_optax.placing import placed_like
-from swa_optax.reading import find_state, is_state
+from swa_optax.reading import find_state, is_state, refuse_ensemble
 
 
 def state_to_dict(
@@ -38,6 +38,7 @@ def state_to_dict(
     {'w': array([0.], dtype=float32)}
     """
     state = find_state(opt_state)
+    refuse_ensemble(state)
     return {**header(state, schedule, rule), "average": _by_name(state.average)}
 
 
@@ -69,6 +70,7 @@ def state_from_dict(
     {'w': Array([1.], dtype=float32)}
     """
     now = find_state(opt_state)
+    refuse_ensemble(now)
     counters = read_header(saved, schedule, rule)
     if not isinstance(saved.get("average"), Mapping):
         raise StateError(
