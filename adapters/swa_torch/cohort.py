@@ -20,7 +20,7 @@ class Position(NamedTuple):
     """Where a parameter stands in the optimizer. Identities may change, positions do not."""
 
     group: int
-    index: int
+    member: int
 
 
 def is_averaged(tensor: Tensor) -> bool:
@@ -117,11 +117,16 @@ class Cohort:
                 torch._foreach_copy_(self.averages, self.parameters)
             return
         weight = 1.0 / self.total
-        same, narrow = [], []
-        for pair in zip(self.averages, self.parameters, strict=True):
-            (same if pair[0].dtype == pair[1].dtype else narrow).append(pair)
-        if same:
-            averages, parameters = zip(*same, strict=True)
+        averages: list[Tensor] = []
+        parameters: list[Tensor] = []
+        narrow: list[tuple[Tensor, Tensor]] = []
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            if average.dtype == parameter.dtype:
+                averages.append(average)
+                parameters.append(parameter)
+            else:
+                narrow.append((average, parameter))
+        if averages:
             torch._foreach_lerp_(averages, parameters, weight)
         for averages, parameters, room in in_pieces(narrow, scratch):
             torch._foreach_copy_(room, parameters)
@@ -173,8 +178,8 @@ def _cut(pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tenso
         rows = SCRATCH_ELEMENTS // (average.numel() // len(average))
         # A single row that does not fit is cut along its own first dimension.
         parts = zip(
-            average.split(rows) if rows else average.unbind(),
-            weight.split(rows) if rows else weight.unbind(),
+            torch.split(average, rows) if rows else average.unbind(),
+            torch.split(weight, rows) if rows else weight.unbind(),
             strict=True,
         )
         yield from parts if rows else _cut(parts)

@@ -282,7 +282,7 @@ class SWA(torch.optim.Optimizer):
     # objects, so they are asked for each time.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the wrapped optimizer."""
         return self.optimizer.param_groups
 
@@ -291,7 +291,7 @@ class SWA(torch.optim.Optimizer):
         self.optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The state of the wrapped optimizer; the averages are not in it."""
         return self.optimizer.state
 
@@ -300,7 +300,7 @@ class SWA(torch.optim.Optimizer):
         self.optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The defaults of the wrapped optimizer."""
         return self.optimizer.defaults
 

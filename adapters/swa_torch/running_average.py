@@ -176,8 +176,8 @@ class RunningAverage:
         """What to call a parameter in a message: by position, and by name if torch knows it."""
         group = self.optimizer.param_groups[position.group]
         names = group.get("param_names", ())
-        name = f" ('{names[position.index]}')" if position.index < len(names) else ""
-        return f"parameter {position.index} of group {position.group}{name}"
+        name = f" ('{names[position.member]}')" if position.member < len(names) else ""
+        return f"parameter {position.member} of group {position.group}{name}"
 
     def _check_numbers(self, doing: str) -> None:
         groups = self.optimizer.param_groups
