@@ -138,6 +138,21 @@ def test_donated_it_needs_the_average_and_nothing_besides(nonfinite, optimizer):
     assert " conditional(" not in plain.as_text()
 
 
+@pytest.mark.parametrize("nonfinite", ["keep", "skip"])
+def test_no_temporaries(nonfinite):
+    tx = swa(SWAConfig(start="9step", every="9step", nonfinite=nonfinite))
+
+    def apply(params, state, updates):
+        updates, state = tx.update(updates, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = params_like(256)
+    compiled = (
+        jax.jit(apply, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096
+
+
 def test_donation_never_meets_a_buffer_twice():
     tx = optax.chain(optax.sgd(0.1), swa(SWAConfig(start="1step", every="1step")))
     step = jax.jit(make_step(tx), donate_argnums=(0, 1))
