@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import keras
@@ -50,6 +51,9 @@ class Backend(Protocol):
 
     def to_numpy(self, tensor: Tensor) -> npt.NDArray[Any]:
         """A copy on the host (Keras' own conversion warns with numpy 2 on two backends)."""
+
+    def forked_random(self) -> AbstractContextManager[Any]:
+        """A context after which the framework's own random numbers go on as before it."""
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, compiled where the backend does so, without gradients."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -66,6 +67,9 @@ class _JaxBackend:
 
     def to_numpy(self, tensor: Any) -> npt.NDArray[Any]:
         return np.array(tensor)
+
+    def forked_random(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # jax has no random numbers but those of a key
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.jit(function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,9 @@ class _TensorFlowBackend:
 
     def to_numpy(self, tensor: Any) -> npt.NDArray[Any]:
         return np.array(tensor.numpy())
+
+    def forked_random(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # evaluate and forward passes draw none
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         graph: Callable[..., Any] = tf.function(function, autograph=False, reduce_retracing=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,11 @@ class _TorchBackend:
         if tensor.dtype == torch.bfloat16:  # which torch does not hand to numpy
             tensor = tensor.float()
         return np.array(tensor.detach().cpu().numpy())
+
+    def forked_random(self) -> AbstractContextManager[Any]:
+        # Every pass over a DataLoader draws a number, and the training shuffles by the next one.
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        return torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else [])
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.no_grad()(function)

@@ -16,6 +16,8 @@ from swa_keras.backend import current
 from swa_keras.batches import inputs_of
 from swa_keras.model_state import layers_of, state_variables, synced
 
+Record = tuple[Any, Any, Any, Any]
+
 
 class Statistics(NamedTuple):
     """The pooled statistics of one layer, float64, a value for each channel."""
@@ -82,27 +84,34 @@ def pooled_statistics(model: Any, data: Any, *, batch_size: int = 32) -> list[St
     layers = _layers(model)
     for layer in layers:
         _check(layer)
+    with current().forked_random():
+        pools = _pools(model, layers, inputs_of(data, batch_size))
+    return [
+        pool.statistics(layer) for layer, pool in zip(layers, pools, strict=True) if pool.count > 0
+    ]
+
+
+def _pools(model: Any, layers: list[Any], inputs: Iterator[Any]) -> list[_Pool]:
     forward = current().compiled(_recorder(model, layers))
     state = [v.value for v in state_variables(model)]
     rest = [v.value for v in _other_variables(model)]
     pools = [_Pool() for _ in layers]
     batches = 0
-    for x in inputs_of(data, batch_size):
+    for x in inputs:
         if not keras.tree.flatten(x)[0].shape[0]:
             continue
         batches += 1
         records, state = forward(rest, state, x)
         for pool, calls in zip(pools, records, strict=True):
-            for mean, variance, count in calls:
-                pool.add(_float64(mean), _float64(variance), float(_float64(count)[0]))
+            for record in calls:
+                mean, lost, variance, count = map(_float64, record)
+                pool.add(mean + lost, variance, float(count[0]))
     if not batches:
         raise BatchNormError(
             "the data held no batch, so there are no batch-norm statistics.",
             hint="pass the training data; a generator can be read only once.",
         )
-    return [
-        pool.statistics(layer) for layer, pool in zip(layers, pools, strict=True) if pool.count > 0
-    ]
+    return pools
 
 
 class _Pool:
@@ -176,20 +185,20 @@ def _recorder(model: Any, layers: list[Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _recording(layers: list[Any]) -> Iterator[list[list[tuple[Any, Any, Any]]]]:
+def _recording(layers: list[Any]) -> Iterator[list[list[Record]]]:
     """Collects mean, variance and number of elements at each call of each layer.
 
     Taken where the layer computes them: in float32 whatever the policy, once for each call of a
     shared layer, with the mask, and whatever the momentum.
     """
-    records: list[list[tuple[Any, Any, Any]]] = [[] for _ in layers]
+    records: list[list[Record]] = [[] for _ in layers]
 
-    def recorded(layer: Any, calls: list[tuple[Any, Any, Any]]) -> Callable[..., Any]:
+    def recorded(layer: Any, calls: list[Record]) -> Callable[..., Any]:
         moments = layer._moments
 
         def wrapper(inputs: Any, mask: Any) -> Any:
             mean, variance = moments(inputs, mask)
-            calls.append((mean, variance, _count(layer, inputs, mask)))
+            calls.append(_moments(layer, inputs, mask, mean, variance))
             return mean, variance
 
         return wrapper
@@ -201,6 +210,23 @@ def _recording(layers: list[Any]) -> Iterator[list[list[tuple[Any, Any, Any]]]]:
     finally:
         for layer in layers:
             vars(layer).pop("_moments", None)
+
+
+def _moments(layer: Any, inputs: Any, mask: Any, mean: Any, variance: Any) -> Record:
+    """Mean, what float32 lost of it, variance, and number of elements, from what Keras computed.
+
+    Some backends take ``E[x^2] - mean^2`` in float32, of which nothing is left where the mean is
+    large; and the rounding of a large mean is not small beside the distance of two batches.
+    """
+    count = _count(layer, inputs, mask)
+    if mask is not None or layer.synchronized:  # where Keras subtracts the mean itself, or others'
+        return mean, keras.ops.zeros_like(mean), variance, count
+    shape = [1] * len(inputs.shape)
+    shape[layer.axis] = -1
+    distance = inputs - keras.ops.reshape(mean, shape)
+    lost = keras.ops.mean(distance, axis=layer._reduction_axes)
+    squares = keras.ops.mean(keras.ops.square(distance), axis=layer._reduction_axes)
+    return mean, lost, squares - keras.ops.square(lost), count
 
 
 def _count(layer: Any, inputs: Any, mask: Any) -> Any:

@@ -122,6 +122,15 @@ class SWA(keras.callbacks.Callback):
         return self._timetable and self._timetable.schedule
 
     @property
+    def updates(self) -> int:
+        """Completed optimizer updates. During ``fit`` it asks the optimizer, which on jax brings
+        the model's variables up to date."""
+        if self._counter is not None:
+            synced(self._model)
+            self._updates = self._counter.read(strict=False)
+        return self._updates
+
+    @property
     def n_averaged(self) -> int:
         """The number of snapshots in the average."""
         return self._average.n_averaged
@@ -139,10 +148,11 @@ class SWA(keras.callbacks.Callback):
         """
         if self.n_averaged:
             return self._average.arrays()
+        variables = averaged_variables(self._model_or(None))
         self._warn_empty()
         return [
             self._average.backend.to_numpy(keras.ops.cast(v.value, wide(v.dtype)))
-            for v in averaged_variables(self._model_or(None))
+            for v in variables
         ]
 
     # Loops without fit
@@ -223,12 +233,18 @@ class SWA(keras.callbacks.Callback):
         model = self.model
         self._check(model)
         params = self.params or {}
-        resolved = timetable(
-            self.config,
-            steps=params.get("steps"),
-            epochs=params.get("epochs"),
-            accumulation=accumulation_of(model),
-        )
+        try:
+            resolved = timetable(
+                self.config,
+                steps=params.get("steps"),
+                epochs=params.get("epochs"),
+                accumulation=accumulation_of(model),
+                goes_on=bool(self._updates),
+            )
+        except ConfigError:
+            if self._timetable is None:
+                raise
+            resolved = self._timetable  # which a later fit need not be able to resolve
         if self._rate_varies(resolved) and model.steps_per_execution > 1:
             raise ConfigError(
                 [
@@ -533,6 +549,9 @@ class SWA(keras.callbacks.Callback):
             return
         self._epoch_open = False
         self._epochs += 1
+        if not (self.params or {}).get("steps") and self._counter is not None:
+            synced(self._model)
+            self._counter.data_ran_out()
         if self._timetable.unit == "epoch" and self._timetable.schedule.is_snapshot(self._epochs):
             model = self.model
             assert self._counter is not None

@@ -36,7 +36,12 @@ class Timetable(NamedTuple):
 
 
 def timetable(
-    config: SWAConfig, *, steps: int | None, epochs: int | None, accumulation: int = 1
+    config: SWAConfig,
+    *,
+    steps: int | None,
+    epochs: int | None,
+    accumulation: int = 1,
+    goes_on: bool = False,
 ) -> Timetable:
     """Resolves a configuration with what Keras knows of the training.
 
@@ -46,6 +51,8 @@ def timetable(
       epochs: the last epoch of the training.
       accumulation: batches per update. An epoch that is no whole number of updates is rounded
         down, as ``len(loader) // accumulation``.
+      goes_on: the training began earlier, so the end of this one is not the end of what was
+        counted from the beginning.
 
     Raises:
       ConfigError: times that cannot be resolved, or no snapshot could come.
@@ -60,7 +67,8 @@ def timetable(
     unit: Unit = "update"
     if steps >= accumulation:
         lengths["steps_per_epoch"] = steps // accumulation
-        lengths["total_steps"] = epochs and epochs * steps // accumulation
+        if not goes_on or any(time.unit == "%" for time in _times(config).values()):
+            lengths["total_steps"] = epochs and epochs * steps // accumulation
     elif any(time.unit != "step" for time in _times(config).values()):
         _check_whole_epochs(config, epochs)
         unit = "epoch"
@@ -124,6 +132,14 @@ class UpdateCounter:
     def new_epoch(self) -> None:
         """Keras numbers the batches of each epoch from 0."""
         self._last_batch = -1
+
+    def data_ran_out(self) -> None:
+        """Forgets the step that is counted, and not made, when data of unknown length ends: on
+        tensorflow the optimizer's counter moves before the iterator is found empty."""
+        surplus = self._read() - self._steps - self._batches
+        if surplus > 0 and self._accumulation == 1:
+            self._base -= surplus
+            self._steps += surplus
 
     def batch_end(self, batch: int) -> None:
         """Counts the batches up to this one; several have passed with steps_per_execution."""

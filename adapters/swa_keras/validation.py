@@ -16,6 +16,8 @@ from typing import Any
 
 import keras
 
+from swa_keras.backend import current
+
 
 class Validation:
     """Stands in for ``model.evaluate`` while a ``fit`` runs.
@@ -67,7 +69,7 @@ class Validation:
         averaged = logs
         if context is not None:
             # The user's callbacks have seen this validation already.
-            with context:
+            with current().forked_random(), context:
                 averaged = self._evaluate(*args, **{**kwargs, "callbacks": None, "verbose": 0})
         return {**logs, **{f"swa_{name}": value for name, value in averaged.items()}}
 
