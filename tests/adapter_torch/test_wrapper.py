@@ -143,6 +143,7 @@ def test_hooks_fire_once():
         register_optimizer_step_post_hook(note("global post")),
     ]
     try:
+        optimizer._patch_step_function()  # as unpickling, and wrappers of wrappers, do
         train(model, optimizer, 1)
     finally:
         for handle in handles:
