@@ -92,7 +92,7 @@ def update(
     if not schedule.is_snapshot(state.updates):
         return state
     new = _matched(state, weights)
-    if nonfinite == "skip" and not all(_is_finite(leaf) for leaf in new.values()):
+    if nonfinite == "skip" and not all(np.isfinite(leaf).all() for leaf in new.values()):
         return state._replace(n_skipped=state.n_skipped + 1)
     if state.n_averaged:
         total = float(rule.retain(float(state.n_averaged)) * state.total + 1.0)
@@ -119,11 +119,6 @@ def _mixed(average: Any, new: Any, share: float) -> Any:
         step *= average.dtype.type(share)
         step += average
     return step
-
-
-def _is_finite(leaf: Any) -> bool:
-    # isfinite knows the 8-bit floats of ml_dtypes only once they are widened.
-    return bool(np.isfinite(leaf.astype(trees.accumulator_dtype(leaf.dtype), copy=False)).all())
 
 
 def _matched(state: SWAState, weights: Tree) -> dict[str, Any]:

@@ -174,7 +174,8 @@ class SWAConfig:
             lengths.fault(
                 "lr.cycle",
                 f"{lr.cycle} is {cycle} updates, and swa.every ({schedule.every}) is no multiple "
-                "of it, so snapshots would miss the low end of the cycles.",
+                "of it, so snapshots would miss the low end of the cycles. Make swa.every a whole "
+                "number of cycles.",
             )
         lengths.raise_faults()
         if lr is None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from swa_core.errors import Fault
 from swa_core.learning_rate import LearningRate
+from swa_core.numeric import number
 from swa_core.rules import BY_NAME, Rule, name_of
-from swa_core.units import Time, number
+from swa_core.units import Time
 
 if TYPE_CHECKING:
     from swa_core.config import SWAConfig

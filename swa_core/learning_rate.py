@@ -88,16 +88,17 @@ def learning_rate(update: Any, base: Any, lr: LRSchedule, *, xp: Any = np) -> An
     >>> [round(float(learning_rate(u, 0.1, lr)), 4) for u in (10, 11, 12, 13, 14)]
     [0.1, 0.03, 0.01, 0.03, 0.01]
     """
-    # Ends are taken as they are: base + (value - base) need not be value, and a compiler that
-    # multiplies by 1 / 7 makes of 7 / 7 something else than 1.
+    # What lies before the start or after the end is computed too, so that a compiler can trace it,
+    # and replaced. So are the ends: base + (value - base) need not be value, and 7 / 7 need not be
+    # 1 where it is compiled to a multiplication by 1 / 7.
     since = update - lr.start
     if lr.cycle is not None:
         low: Any = lr.low
-        place = xp.maximum(since - 1, 0) % lr.cycle + 1
+        place = (since - 1) % lr.cycle + 1
         rate = lr.value + (place / lr.cycle) * (low - lr.value)
         rate = xp.where(place >= lr.cycle, low, rate)
     elif lr.anneal:
-        t = xp.clip(since, 0, lr.anneal) / lr.anneal
+        t = since / lr.anneal
         if lr.shape == "cosine":
             t = (1.0 - xp.cos(np.pi * t)) / 2.0
         rate = xp.where(since >= lr.anneal, lr.value, base + t * (lr.value - base))

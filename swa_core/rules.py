@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from swa_core.units import number
+from swa_core.numeric import number
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,14 @@ class Polynomial:
         if not 0 <= _set_float(self, "eta") < math.inf:
             raise ValueError(f"eta must be a finite number >= 0, got {self.eta!r}")
 
+    @property
+    def _eta(self) -> float:
+        # Beyond it nothing changes any more, but float32 would overflow.
+        return min(self.eta, 1e30)
+
     def retain(self, n: Any) -> Any:
         """The share of ``total`` kept when snapshot n + 1 joins: ``n / (n + eta)``."""
-        return n / (n + self.eta)
+        return n / (n + self._eta)
 
     def mixing_weight(self, n: Any, *, expm1: Callable[[Any], Any] = math.expm1) -> Any:
         """The weight of snapshot n as it joins: ``(eta + 1) / (n + eta)``.
@@ -203,7 +208,8 @@ class Polynomial:
           n: the number of this snapshot [>= 1], a float of any kind.
           expm1: the framework's own, where n is its own kind of number (unused here).
         """
-        return (1.0 + self.eta) / (n + self.eta)
+        # Both sums are of the kind of n, so that n = 1 divides equals.
+        return (n / n + self._eta) / (n + self._eta)
 
     def effective_snapshots(self, n: int) -> float:
         """How many equally weighted snapshots would average away as much noise.

@@ -7,7 +7,7 @@ import re
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-import numpy as np
+from swa_core.numeric import number
 
 Unit = Literal["%", "ep", "step"]
 
@@ -115,17 +115,3 @@ class Time(NamedTuple):
                 "steps_per_epoch is needed (updates per epoch: len(loader) // accumulation)."
             )
         return math.ceil(exact / steps_per_epoch) * steps_per_epoch
-
-
-def number(value: object) -> float | None:
-    """A number, Python's or a numpy scalar, as a float; None for everything else, bools too.
-
-    >>> number(3), number(np.float32(0.5)), number(True), number("3")
-    (3.0, 0.5, None, None)
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf

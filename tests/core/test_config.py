@@ -224,6 +224,26 @@ def test_is_a_frozen_value():
         config.start = "50%"
 
 
+plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+keys = st.sampled_from(["start", "every", "stop", "rule", "lr", "nonfinite"])
+inner_keys = st.sampled_from(
+    ["name", "decay", "half_life", "eta", "value", "anneal", "cycle", "low"]
+)
+words = st.sampled_from(["75%", "1ep", "ema", "polynomial", "uniform", "cosine", "skip", 0.5, 1])
+junk = st.recursive(
+    plain | words, lambda inner: st.lists(inner) | st.dictionaries(inner_keys | st.text(), inner)
+)
+
+
+@given(st.dictionaries(keys | st.text(), junk))
+def test_anything_is_a_configuration_or_a_config_error(table):
+    try:
+        config = SWAConfig.from_dict(table)
+    except ConfigError:
+        return
+    assert SWAConfig.from_dict(config.to_dict()) == config
+
+
 # Round trips
 
 
@@ -478,7 +498,7 @@ def test_every_must_be_a_multiple_of_cycle():
         (
             "swa.lr.cycle",
             "3step is 3 updates, and swa.every (4) is no multiple of it, so snapshots would miss "
-            "the low end of the cycles.",
+            "the low end of the cycles. Make swa.every a whole number of cycles.",
         )
     ]
     for cycle in ("1step", "2step", "4step"):

@@ -6,6 +6,8 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from swa_core import (
     EMA,
@@ -252,6 +254,23 @@ def test_other_weights_are_refused_with_the_path(saved):
         with pytest.raises(StructureError, match="load it into the model") as caught:
             state_from_dict(saved, now)
         assert str(caught.value).endswith(hint)
+
+
+names = st.sampled_from(
+    ["version", "updates", "n_averaged", "n_skipped", "total", "schedule", "rule"]
+)
+plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
+junk = st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+
+
+@given(st.dictionaries(names, junk))
+def test_anything_is_a_header_or_a_state_error(damage):
+    saved = header(init(weights(0)), SCHEDULE, RULE) | damage
+    try:
+        counters = read_header(saved, SCHEDULE, RULE)
+    except StateError:
+        return
+    assert all(count >= 0 for count in counters.values())
 
 
 def test_paths_that_meet_cannot_be_saved(state):

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swa_core.units import MissingLengthError, Time, number
+from swa_core.numeric import number
+from swa_core.units import MissingLengthError, Time
 
 FORMS = 'Say "160ep" (epochs), "160step" (updates) or a share such as "75%".'
 
@@ -94,7 +95,14 @@ def test_anything_is_a_time_or_a_value_error(text):
 
 @pytest.mark.parametrize(
     ("text", "total", "updates"),
-    [("7%", 100, 7), ("29%", 100, 29), ("57%", 100, 57), ("0.1%", 1000, 1), ("33.3%", 1000, 333)],
+    [
+        ("7%", 100, 7),
+        ("29%", 100, 29),
+        ("57%", 100, 57),
+        ("0.1%", 1000, 1),
+        ("16.1%", 1000, 161),  # 16.1 * 1000 / 100 is 161.00000000000003
+        ("32.7%", 2000, 654),
+    ],
 )
 def test_a_share_is_exact_where_a_float_is_not(text, total, updates):
     assert Time.parse(text).updates(total_steps=total) == updates
