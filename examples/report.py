@@ -24,7 +24,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def table(runs: dict[str, list[dict]]) -> str:
     """A row per framework: snapshots, and accuracy and loss of the four kinds of weights."""
-    width = 24
+    width = 27
     lines = [
         "",
         "Test accuracy [%] and negative log-likelihood, mean and standard error over the seeds",

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from data import Data
 from flax import linen as nn
+from jax.tree_util import Partial
 from record import LINE, Record, score
 
 from swa_core import SWAConfig
@@ -50,7 +51,6 @@ def predict(network, params, batch_stats, x):
     return network.apply({"params": params, "batch_stats": batch_stats}, x, training=False)
 
 
-@partial(jax.jit, static_argnames="network")
 def forward(network, params, batch_stats, x):
     """The batch statistics after one forward pass in training mode, for update_bn."""
     variables = {"params": params, "batch_stats": batch_stats}
@@ -80,6 +80,7 @@ def train(
     steps_per_epoch = -(-len(data.train_y) // batch_size)
     lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": epochs * steps_per_epoch}
     for_bn = [x for x, _ in data.batches(batch_size, rng)]
+    apply = partial(forward, network)
     record = Record()
 
     tx = optax.chain(
@@ -104,7 +105,7 @@ def train(
             record.last.append(nll(params, batch_stats))
             if n_averaged(opt_state):
                 averaged = averaged_params(opt_state, params)  # averaging: evaluate on it
-                stats = update_bn(partial(forward, network, averaged), batch_stats, for_bn)
+                stats = update_bn(Partial(apply, averaged), batch_stats, for_bn)
                 record.average.append(nll(averaged, stats))
             else:
                 record.average.append(None)
@@ -112,7 +113,7 @@ def train(
 
     params, batch_stats, opt_state = state
     averaged = averaged_params(opt_state, params)  # averaging: keep it
-    averaged_stats = update_bn(partial(forward, network, averaged), batch_stats, for_bn)
+    averaged_stats = update_bn(Partial(apply, averaged), batch_stats, for_bn)
     for name, variables in (
         ("last", (params, batch_stats)),
         ("average", (averaged, batch_stats)),
@@ -122,7 +123,7 @@ def train(
     if curves:
         for t in LINE:
             point = optax.tree.add_scale(params, t, optax.tree.sub(averaged, params))
-            stats = update_bn(partial(forward, network, point), batch_stats, for_bn)
+            stats = update_bn(Partial(apply, point), batch_stats, for_bn)
             record.line.append(nll(point, stats))
     return record
 

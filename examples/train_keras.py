@@ -80,7 +80,9 @@ def train(
         verbose=0,
     )
     record.scores["last"] = score(logits(model, data.test_x), data.test_y)
-    with swa.averaged():
+    statistics = values_of(model.non_trainable_variables)
+    with swa.averaged():  # recomputes the batch-norm statistics; this score is the one without
+        assign(model.non_trainable_variables, statistics)
         record.scores["average"] = score(logits(model, data.test_x), data.test_y)
     if curves:
         record.line = loss_along_line(model, swa, data)
@@ -120,19 +122,25 @@ def logits(model: keras.Model, x: np.ndarray) -> np.ndarray:
 
 def loss_along_line(model: keras.Model, swa: SWA, data: Data) -> list[float]:
     """The test loss on the line through the last weights (0) and their average (1)."""
-    variables = model.trainable_variables
-    last = [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
-    with swa.averaged():
-        average = [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
-    statistics = [np.array(keras.ops.convert_to_numpy(v)) for v in model.non_trainable_variables]
+    last = values_of(model.trainable_variables)
+    statistics = values_of(model.non_trainable_variables)
     losses = []
     for t in LINE:
-        for v, a, b in zip(variables, last, average, strict=True):
-            v.assign(a + t * (b - a))
+        for variable, a, b in zip(
+            model.trainable_variables, last, swa.averaged_weights, strict=True
+        ):
+            variable.assign(a + t * (b - a))
         update_bn(model, data.train_x)
         losses.append(score(logits(model, data.test_x), data.test_y).nll)
-    for v, value in zip(
-        [*variables, *model.non_trainable_variables], [*last, *statistics], strict=True
-    ):
-        v.assign(value)
+    assign(model.trainable_variables, last)
+    assign(model.non_trainable_variables, statistics)
     return losses
+
+
+def values_of(variables: list) -> list[np.ndarray]:
+    return [np.array(keras.ops.convert_to_numpy(v.value)) for v in variables]
+
+
+def assign(variables: list, values: list[np.ndarray]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)

@@ -111,9 +111,9 @@ def run_keras(config, x, y, weights):
     model.fit(
         x, y, batch_size=SIZE, epochs=EPOCHS, shuffle=False, verbose=0, callbacks=[swa, Watch()]
     )
-    last = [np.array(keras.ops.convert_to_numpy(v)) for v in model.trainable_variables]
+    last = [np.array(keras.ops.convert_to_numpy(v.value)) for v in model.trainable_variables]
     with swa.averaged():
-        average = [np.array(keras.ops.convert_to_numpy(v)) for v in model.trainable_variables]
+        average = [np.array(keras.ops.convert_to_numpy(v.value)) for v in model.trainable_variables]
     return snapshots, average, last
 
 
