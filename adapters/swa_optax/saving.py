@@ -87,7 +87,7 @@ def state_from_dict(
         updates=jnp.array(counters["updates"], jnp.int32),
         n_averaged=jnp.array(counters["n_averaged"], jnp.int32),
         n_skipped=jnp.array(counters["n_skipped"], jnp.int32),
-        total=jnp.array(counters["total"], jnp.float32),  # type: ignore[arg-type]
+        total=jnp.array(counters["total"], jnp.float32),
         average=jax.tree.unflatten(jax.tree.structure(now.average), average),
     )
     return jax.tree.map(

@@ -16,14 +16,7 @@ from swa_core import Rule, StructureError, SWAState
 from swa_core.averaging import check_leaves
 from swa_optax import reading
 from swa_optax.counting import counter, increment
-from swa_optax.paths import (
-    Path,
-    Tree,
-    abstract,
-    average_dtype,
-    is_averaged,
-    leaves,
-)
+from swa_optax.paths import Path, Tree, abstract, average_dtype, is_averaged, leaves
 from swa_optax.resolving import Config, resolve
 
 Leaves = list[jax.Array]
@@ -58,10 +51,10 @@ def swa(
       ``n_averaged`` and ``n_skipped`` that stop at 2**31 - 1, ``total`` in float32, and
       ``average`` in float32 (float64 for float64 parameters). Leaves that are not averaged
       (integers, booleans, keys) are None in ``average``; give ``is_leaf=lambda x: x is None`` to
-      tree functions that take ``average`` beside the parameters. Mixing weights are exact up to
-      2**24 snapshots. ``update`` raises a ``StructureError`` without ``params``, and when their
-      structure, shapes or dtypes are not those of the average (when traced, before anything is
-      computed).
+      tree functions that take ``average`` beside the parameters. Above 2**24 snapshots their
+      number is rounded to float32 where it weighs the next. ``update`` raises a ``StructureError``
+      without ``params``, and when their structure, shapes or dtypes are not those of the average
+      (when traced, before anything is computed).
 
     Raises:
       ConfigError: faults in the configuration; a length is missing, or traced.
@@ -88,7 +81,7 @@ def swa(
             updates=counter(),
             n_averaged=counter(),
             n_skipped=counter(),
-            total=jnp.zeros((), jnp.float32),  # type: ignore[arg-type]
+            total=jnp.zeros((), jnp.float32),
             average=jax.tree.map(_initial, params),
         )
 
