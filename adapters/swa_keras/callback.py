@@ -62,8 +62,9 @@ class SWA(keras.callbacks.Callback):
         and that can be read more than once.
       validate: what ``fit`` validates: "both" logs the training weights as ``val_*`` and the
         average as ``val_swa_*`` (equal to ``val_*`` before the first snapshot), reading the
-        validation data twice; "average" logs the average as ``val_*``; "raw" leaves validation
-        alone.
+        validation data twice (to monitor them, tell the callback which way is better:
+        ``EarlyStopping("val_swa_loss", mode="min")``); "average" logs the average as ``val_*``;
+        "raw" leaves validation alone.
       finalize: whether ``fit`` ends with the average in the model. If False, use ``averaged`` and
         ``finalize``.
 
@@ -444,7 +445,8 @@ class SWA(keras.callbacks.Callback):
             self._look_ahead(self._ticks(self._timetable))
         if model is not None and model.built:
             self._load_into(model)
-            self._prepare_rate(self._updates + 1)
+            if self._timetable is not None:
+                self._prepare_rate(self._ticks(self._timetable) + 1)
 
     # Inside
 
@@ -513,6 +515,12 @@ class SWA(keras.callbacks.Callback):
         model = self.model
         if model.built:
             self._load_into(model)
+        elif self._live_to_load is not None:
+            raise StateError(
+                "the loaded state holds the training weights of a model, and this one is not "
+                "built.",
+                hint="call the model on a batch and load its weights before fit.",
+            )
         params = self.params or {}
         steps = params.get("steps")
         if epoch and not self._updates and not self._epochs:

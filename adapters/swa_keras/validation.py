@@ -10,12 +10,14 @@ sees them, wherever it stands in the list.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
 
+from swa_core import SWAWarning
 from swa_keras.backend import current
 
 
@@ -42,6 +44,7 @@ class Validation:
         self._both = both
         self._averaged = averaged
         self._active = True
+        self._warned = False
         self._previous = vars(model).get("evaluate")
         vars(model)["evaluate"] = self
 
@@ -66,6 +69,14 @@ class Validation:
             with context:
                 return self._evaluate(*args, **kwargs)
         logs = self._evaluate(*args, **kwargs)
+        if not self._warned and any(name.startswith("swa_") for name in logs):
+            self._warned = True
+            warnings.warn(
+                "SWA: two callbacks validate their averages in one fit, and both log val_swa_*; "
+                'the later one is logged. Give one of them validate="raw".',
+                SWAWarning,
+                stacklevel=2,
+            )
         averaged = logs
         if context is not None:
             # The user's callbacks have seen this validation already.

@@ -32,8 +32,14 @@ def core_average(recorded, schedule, rule, nonfinite="skip"):
     return state
 
 
-@pytest.mark.parametrize("rule", [swa_core.Uniform(), EMA(0.5), Polynomial(eta=1)])
-@pytest.mark.parametrize(("start", "every"), [("7step", "3step"), ("50%", "1ep"), ("1ep", "1step")])
+@pytest.mark.parametrize(
+    ("start", "every", "rule"),
+    [
+        ("7step", "3step", swa_core.Uniform()),
+        ("50%", "1ep", Polynomial(eta=1)),
+        ("1ep", "1step", EMA(0.5)),
+    ],
+)
 def test_the_average_is_the_cores_on_the_weights_of_the_scheduled_updates(start, every, rule):
     recorder, swa = Recorder(), SWA(SWAConfig(start=start, every=every, rule=rule))
     fit(dense(), recorder, swa)

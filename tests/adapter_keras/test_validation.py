@@ -208,6 +208,15 @@ def test_without_bn_data_one_warning_at_the_start_tells_the_remedy():
     fit(model, swa, validation_data=(X, Y))  # where a second warning would be an error
 
 
+def test_two_callbacks_that_log_the_same_names_warn_once():
+    model = dense()
+    one, two = SWA({"start": "1ep", "every": "1ep"}), SWA(HALF)
+    with pytest.warns(SWAWarning, match="both log val_swa"):
+        history = fit(model, one, two, validation_data=(X, Y))
+    assert history.history["val_swa_loss"][0] == history.history["val_loss"][0]  # those of two
+    assert "evaluate" not in vars(model)
+
+
 def test_two_callbacks_on_one_model_are_independent():
     model = dense()
     one = SWA({"start": "1ep", "every": "1ep"}, validate="raw", finalize=False)
