@@ -79,7 +79,7 @@ def train(
     network, params, batch_stats = begin(data, seed)
     steps_per_epoch = -(-len(data.train_y) // batch_size)
     lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": epochs * steps_per_epoch}
-    for_bn = [x for x, _ in data.batches(batch_size, rng)]
+    for_bn = [data.train_x[at : at + 1000] for at in range(0, len(data.train_x), 1000)]
     apply = partial(forward, network)
     record = Record()
 

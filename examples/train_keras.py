@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
-from data import Data
+from data import Batch, Data
 from record import LINE, Record, score
 
 from swa_core import SWAConfig
@@ -14,15 +14,38 @@ from swa_keras import SWA, update_bn
 
 
 def network(data: Data) -> keras.Model:
+    # The other two frameworks' defaults where Keras' own differ, so that the network is the same.
+    convolution = {"padding": "same", "use_bias": False, "kernel_initializer": "lecun_normal"}
     layers = [keras.Input(data.train_x.shape[1:])]
     for features, stride in ((16, 1), (32, 2), (32, 2)):
         layers += [
-            keras.layers.Conv2D(features, 3, strides=stride, padding="same", use_bias=False),
-            keras.layers.BatchNormalization(momentum=0.9),
+            keras.layers.Conv2D(features, 3, strides=stride, **convolution),
+            keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5),
             keras.layers.ReLU(),
         ]
-    layers += [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(data.classes)]
+    layers += [
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(data.classes, kernel_initializer="lecun_normal"),
+    ]
     return keras.Sequential(layers)
+
+
+class Batches(keras.utils.PyDataset):
+    """The training batches, shuffled anew for each epoch."""
+
+    def __init__(self, data: Data, size: int, seed: int) -> None:
+        super().__init__()
+        self.data, self.size, self.rng = data, size, np.random.default_rng(seed)
+        self.on_epoch_end()
+
+    def on_epoch_end(self) -> None:
+        self.epoch = list(self.data.batches(self.size, self.rng))
+
+    def __len__(self) -> int:
+        return len(self.epoch)
+
+    def __getitem__(self, place: int) -> Batch:
+        return self.epoch[place]
 
 
 def compiled(data: Data, rate) -> keras.Model:
@@ -70,11 +93,9 @@ def train(
     record = Record()
     swa = SWA(config, bn_data=data.train_x, finalize=False)  # averaging: add a callback to fit
     model.fit(
-        data.train_x,
-        data.train_y,
+        Batches(data, batch_size, seed),
         validation_data=(data.test_x, data.test_y) if curves else None,
         validation_batch_size=1000,
-        batch_size=batch_size,
         epochs=epochs,
         callbacks=[swa, Watch(swa, record, curves, progress)],
         verbose=0,
@@ -105,14 +126,7 @@ def train_annealed(
     steps = epochs * -(-len(data.train_y) // batch_size)
     model = compiled(data, keras.optimizers.schedules.CosineDecay(rate, steps))
     watch = Watch(None, Record(), False, progress)
-    model.fit(
-        data.train_x,
-        data.train_y,
-        batch_size=batch_size,
-        epochs=epochs,
-        callbacks=[watch],
-        verbose=0,
-    )
+    model.fit(Batches(data, batch_size, seed), epochs=epochs, callbacks=[watch], verbose=0)
     return Record(scores={"annealed": score(logits(model, data.test_x), data.test_y)})
 
 

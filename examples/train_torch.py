@@ -17,7 +17,7 @@ from swa_torch import SWA, update_bn
 
 def network(data: Data) -> nn.Module:
     channels = data.train_x.shape[-1]
-    return nn.Sequential(
+    model = nn.Sequential(
         nn.Conv2d(channels, 16, 3, padding=1, bias=False),
         nn.BatchNorm2d(16),
         nn.ReLU(),
@@ -31,6 +31,10 @@ def network(data: Data) -> nn.Module:
         nn.Flatten(),
         nn.Linear(32, data.classes),
     )
+    for layer in model:  # LeCun's initialisation, as in the other frameworks
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    return model
 
 
 def to_tensors(x: np.ndarray, y: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +64,7 @@ def train(
     model = network(data)
     steps_per_epoch = -(-len(data.train_y) // batch_size)
     test_x, _ = to_tensors(data.test_x, data.test_y)
-    for_bn = [to_tensors(*batch)[0] for batch in data.batches(batch_size, rng)]
+    for_bn = to_tensors(data.train_x, data.train_y)[0].split(1000)
     record = Record()
 
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
@@ -126,7 +130,7 @@ def train_annealed(
 
 
 def loss_along_line(
-    model: nn.Module, optimizer: SWA, for_bn: list[torch.Tensor], test_x: torch.Tensor, test_y
+    model: nn.Module, optimizer: SWA, for_bn: tuple[torch.Tensor, ...], test_x: torch.Tensor, test_y
 ) -> list[float]:
     """The test loss on the line through the last weights (0) and their average (1)."""
     parameters = list(model.parameters())
