@@ -21,13 +21,15 @@ def install(session: nox.Session, *packages: str) -> None:
     session.install("--constraint", str(CONSTRAINTS), *packages)
 
 
-def run_tests(session: nox.Session) -> None:
-    """The tests, one process for each Keras backend."""
-    env = {"CI": session.env.get("CI", ""), "TF_CPP_MIN_LOG_LEVEL": "2"}
-    first, *others = KERAS_BACKENDS
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests, in every framework and on every Keras backend (one process for each)."""
+    install(session, "--editable", ".[all]", *GROUPS["test"])
+    env = {"TF_CPP_MIN_LOG_LEVEL": "2"}
     if session.posargs:
         session.run("pytest", *session.posargs, env=env)
         return
+    first, *others = KERAS_BACKENDS
     session.run("pytest", f"--keras-backend={first}", env=env)
     for backend in others:
         session.run(
@@ -36,17 +38,10 @@ def run_tests(session: nox.Session) -> None:
             "tests/adapter_keras",
             "tests/differential",
             "tests/test_conformance.py",
-            "-k",
-            "not TorchDriver and not OptaxDriver and not CoreDriver",
+            # What does not depend on the backend has run.
+            *("-k", "not TorchDriver and not OptaxDriver and not CoreDriver"),
             env=env,
         )
-
-
-@nox.session
-def tests(session: nox.Session) -> None:
-    """All tests, in every framework and on every Keras backend."""
-    install(session, "--editable", ".[all]", *GROUPS["test"])
-    run_tests(session)
 
 
 @nox.session
@@ -68,10 +63,12 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Every example in a docstring, the README and the docs runs and prints what it says."""
+    """Every example in a docstring and the README runs, and prints what it says."""
     install(session, "--editable", ".[all]", *GROUPS["test"])
-    session.run("pytest", "--doctest-modules", "swa_core", "adapters", env={"KERAS_BACKEND": "jax"})
-    session.run("pytest", "--adapters=none", "docs/test_readme.py")
+    env = {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    files = ["examples/record.py", "examples/report.py", "benchmarks/timing.py"]
+    session.run("pytest", "--doctest-modules", "swa_core", "adapters", *files, env=env)
+    session.run("pytest", "tests/house/test_readme.py", env=env)
 
 
 @nox.session

@@ -52,7 +52,7 @@ class SWAConfig:
     nonfinite: NonFinite = "skip"
 
     def __post_init__(self) -> None:
-        if faults := config_reading.faults_of(self):
+        if faults := config_reading.faults_of(vars(self)):
             raise ConfigError(faults)
 
     @classmethod
@@ -115,7 +115,7 @@ class SWAConfig:
         >>> SWAConfig(start="50%").to_dict()
         {'start': '50%', 'every': '1ep', 'rule': 'uniform', 'nonfinite': 'skip'}
         """
-        return config_reading.write(self)
+        return config_reading.write(vars(self))
 
     def dump(self, path: str | os.PathLike[str]) -> None:
         """Writes a TOML or JSON file (by its suffix) that ``load`` reads back.

@@ -7,16 +7,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from swa_core.errors import Fault
 from swa_core.learning_rate import LearningRate
 from swa_core.numeric import number
 from swa_core.rules import BY_NAME, Rule, name_of
 from swa_core.units import Time
-
-if TYPE_CHECKING:
-    from swa_core.config import SWAConfig
 
 # A reader takes a value and its path, notes what is wrong with it, and returns what it means.
 Reader = Callable[[Any, str, list[Fault]], Any]
@@ -39,28 +36,27 @@ def read(table: Any, path: str) -> tuple[dict[str, Any], list[Fault]]:
     return _read_table(table, _READERS, path, faults), faults
 
 
-def faults_of(config: SWAConfig) -> list[Fault]:
-    """Everything wrong with the fields of a configuration, however they were set."""
-    meant, faults = read(vars(config), "swa")
+def faults_of(settings: Mapping[str, Any]) -> list[Fault]:
+    """Everything wrong with the fields of a ``SWAConfig``, however they were set."""
+    meant, faults = read(settings, "swa")
     for key, expected in (
         ("rule", "Uniform(), EMA(...) or Polynomial(...)"),
         ("lr", "LearningRate(...) or None"),
     ):
-        given = getattr(config, key)
+        given = settings[key]
         if isinstance(given, (str, Mapping)) and meant[key] is not None:
             message = f"expected {expected}, got {given!r}. SWAConfig.from_dict reads such."
             faults.append(Fault(f"swa.{key}", message))
     return faults
 
 
-def write(config: SWAConfig) -> dict[str, Any]:
-    """The form of a configuration that ``read`` reads back."""
-    written = _said(config)
-    written["rule"] = write_rule(config.rule)
-    if config.lr is not None:
+def write(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The form of the fields of a ``SWAConfig`` that ``read`` reads back."""
+    written = _said(settings)
+    written["rule"] = write_rule(written["rule"])
+    if "lr" in written:
         # A table in TOML takes all keys that follow, so it comes last.
-        del written["lr"]
-        written["lr"] = _said(config.lr)
+        written["lr"] = _said(vars(written.pop("lr")))
     return written
 
 
@@ -71,14 +67,13 @@ def write_rule(rule: Rule) -> str | dict[str, Any]:
     >>> write_rule(Uniform()), write_rule(EMA(0.9))
     ('uniform', {'name': 'ema', 'decay': 0.9})
     """
-    name, numbers = name_of(rule), _said(rule)
+    name, numbers = name_of(rule), _said(vars(rule))
     return {"name": name, **numbers} if numbers else name
 
 
-def _said(settings: Any) -> dict[str, Any]:
-    """The fields of a dataclass, without those that are None."""
-    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    return {name: value for name, value in values.items() if value is not None}
+def _said(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that are None."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _read_table(
