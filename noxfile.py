@@ -65,7 +65,7 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Every example in a docstring and the README runs, and prints what it says."""
     install(session, "--editable", ".[all]", *GROUPS["test"])
-    env = {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    env = {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": "examples"}
     files = ["examples/record.py", "examples/report.py", "benchmarks/timing.py"]
     session.run("pytest", "--doctest-modules", "swa_core", "adapters", *files, env=env)
     session.run("pytest", "tests/house/test_readme.py", env=env)
