@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from swa_core import config_files, config_reading
 from swa_core.averaging import NonFinite
 from swa_core.errors import ConfigError, Fault
@@ -223,7 +225,7 @@ class _Lengths:
             return None
         try:
             # Not only ints: len() of a loader may come as numpy's or a framework's integer.
-            whole = 0 if isinstance(value, bool) else operator.index(value)
+            whole = 0 if isinstance(value, (bool, np.bool_)) else operator.index(value)
         except TypeError:
             whole = 0
         if whole < 1:
