@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import keras
-import numpy as np
 import numpy.typing as npt
 
 from swa_core import (
@@ -32,6 +31,7 @@ from swa_keras.backend import wide
 from swa_keras.clock import Timetable, UpdateCounter, accumulation_of, inside_execution, timetable
 from swa_keras.learning_rate import Rate, check_settable
 from swa_keras.model_state import averaged_variables, inner_optimizer, synced
+from swa_keras.saving import check_live, live_of, plain
 from swa_keras.swapping import Swap, live_variables
 from swa_keras.validation import Validation
 
@@ -75,6 +75,7 @@ class SWA(keras.callbacks.Callback):
     Source:
       Izmailov et al. 2018, arXiv:1803.05407, Alg. 1.
 
+    >>> import numpy as np
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     >>> model.compile("sgd", "mse")
     >>> swa = SWA({"start": "50%", "every": "1ep"})
@@ -200,6 +201,7 @@ class SWA(keras.callbacks.Callback):
           SwappedError: inside ``averaged()``.
           StructureError: another model than before; the average stays as it was.
 
+        >>> import numpy as np
         >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
         >>> model.compile("sgd", "mse")
         >>> swa = SWA({"start": "2step", "every": "2step"})
@@ -396,7 +398,7 @@ class SWA(keras.callbacks.Callback):
         live = None
         if self._swap is not None:
             to_numpy = self._average.backend.to_numpy
-            live = tuple([_plain(to_numpy(tensor)) for tensor in kept] for kept in self._swap.live)
+            live = tuple([plain(to_numpy(tensor)) for tensor in kept] for kept in self._swap.live)
         elif self._live_to_load is not None:
             live = self._live_to_load
         return {
@@ -425,14 +427,14 @@ class SWA(keras.callbacks.Callback):
         self._refuse_swapped("load a state")
         counters = read_header(saved, self.schedule, self.config.rule)
         self._check_unit(saved, self._timetable)
-        live = _live_of(saved)
+        live = live_of(saved)
         average = RunningAverage(self.config.rule, self.config.nonfinite)
         average.load(counters, saved)
         model = self._model
         if model is not None and model.built:
             average.match(averaged_variables(synced(model)), "cannot load the saved average")
             if live is not None:
-                _check_live(model, live)
+                check_live(model, live)
         self._average = average
         self._updates = counters["updates"]
         self._epochs = int(saved.get("epochs", 0))
@@ -603,7 +605,7 @@ class SWA(keras.callbacks.Callback):
         """Applies what a loaded state holds for the model."""
         self._average.match(averaged_variables(model), "cannot load the saved average")
         if self._live_to_load is not None:
-            _check_live(model, self._live_to_load)
+            check_live(model, self._live_to_load)
             for variables, values in zip(live_variables(model), self._live_to_load, strict=True):
                 for variable, value in zip(variables, values, strict=True):
                     variable.assign(value)
@@ -669,36 +671,3 @@ def _faults(bn_data: Any, validate: Any) -> list[Fault]:
             )
         )
     return faults
-
-
-def _plain(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Half precision as float32, which every format can hold and which loses nothing."""
-    return array.astype(np.float32) if array.dtype.itemsize < 4 and _is_float(array) else array
-
-
-def _is_float(array: npt.NDArray[Any]) -> bool:
-    return array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat16", "float8"))
-
-
-def _live_of(saved: Mapping[str, Any]) -> tuple[list[Any], list[Any]] | None:
-    live = saved.get("live")
-    if live is None:
-        return None
-    try:
-        return [*map(np.array, live["weights"])], [*map(np.array, live["state"])]
-    except (KeyError, TypeError) as error:
-        raise StateError(
-            "the saved average is truncated: its training weights are missing.",
-            hint="load an earlier checkpoint.",
-        ) from error
-
-
-def _check_live(model: Any, live: tuple[list[Any], list[Any]]) -> None:
-    for variables, values in zip(live_variables(model), live, strict=True):
-        wanted = [tuple(v.shape) for v in variables]
-        found = [value.shape for value in values]
-        if wanted != found:
-            raise StateError(
-                f"the saved training weights have shapes {found}, and the model has {wanted}.",
-                hint="load it into the model it was saved with.",
-            )
