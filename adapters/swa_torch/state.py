@@ -10,6 +10,8 @@ take any entry for a complete one. The rest stands under ``["swa"]["averages"]``
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -112,6 +114,10 @@ def unpack(saved: Any, average: RunningAverage) -> Loaded:
     if swa is None:
         return Loaded(plain, None, [], [], {})
     counters = read_header(swa, average.schedule, average.rule)
+    if missing := [key for key in ("schedule", "rule") if swa.get(key) is None]:
+        raise StateError(
+            f"the saved average is truncated: {', '.join(missing)} missing.", hint=_EARLIER
+        )
     try:
         tensors = {
             place: {**beside.get(place, {}), **entry} for place, entry in swa["averages"].items()
@@ -149,7 +155,30 @@ def unpack(saved: Any, average: RunningAverage) -> Loaded:
                 live[position] = _taken(found, "swa_live", position, parameters, average)
         here = [parameters[position] for position in positions]
         cohorts.append(Cohort(positions, here, averages, n_averaged, total))
+    _check_cohorts(counts, counters["n_averaged"], tensors)
     return Loaded(plain, counters, cohorts, base_rates, live)
+
+
+def _check_cohorts(
+    counts: list[tuple[int, float, list[int]]], n_averaged: int, tensors: Mapping[Any, Any]
+) -> None:
+    """Refuses counts that no training makes; the averages they tell of would be wrong silently."""
+    for n, total, _ in counts:
+        if not 0 <= n <= n_averaged or not (1 <= total < math.inf if n else total == 0):
+            raise StateError(
+                f"the saved average is damaged: a cohort has {n} of {n_averaged} snapshots and a "
+                f"total of {total}.",
+                hint=_EARLIER,
+            )
+    named = Counter(place for _, _, places in counts for place in places)
+    held = [place for place, entry in tensors.items() if "swa_average" in entry]
+    for place in dict.fromkeys([*named, *held]):
+        if named[place] != 1:
+            raise StateError(
+                f"the saved average is damaged: parameter {place} belongs to {named[place]} "
+                "cohorts, and should to one.",
+                hint=_EARLIER,
+            )
 
 
 def _ids(sizes: list[int]) -> list[Position]:

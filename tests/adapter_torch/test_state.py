@@ -279,6 +279,33 @@ FAULTY = {
         StateError,
         "damaged: .* parameter 77",
     ),
+    "no schedule": (faulty(lambda s: s["swa"].pop("schedule")), StateError, "truncated: schedule"),
+    "no rule": (faulty(lambda s: s["swa"].update(rule=None)), StateError, "truncated: rule"),
+    "an empty list of cohorts": (
+        faulty(lambda s: s["swa"].update(cohorts=[])),
+        StateError,
+        "damaged: parameter 0 belongs to 0 cohorts",
+    ),
+    "a cohort cut short": (
+        faulty(lambda s: s["swa"]["cohorts"][0]["parameters"].pop()),
+        StateError,
+        "damaged: parameter 5 belongs to 0 cohorts",
+    ),
+    "a parameter twice": (
+        faulty(lambda s: s["swa"]["cohorts"].append(s["swa"]["cohorts"][0])),
+        StateError,
+        "damaged: parameter 0 belongs to 2 cohorts",
+    ),
+    "a cohort of more snapshots than there were": (
+        faulty(lambda s: s["swa"]["cohorts"][0].update(n_averaged=99)),
+        StateError,
+        "damaged: a cohort has 99 of 2 snapshots",
+    ),
+    "a total that is no number": (
+        faulty(lambda s: s["swa"]["cohorts"][0].update(total=float("nan"))),
+        StateError,
+        "damaged: .* a total of nan",
+    ),
     "cohorts of numbers": (faulty(lambda s: s["swa"].update(cohorts=[3])), StateError, "damaged"),
     "averages of numbers": (
         faulty(lambda s: s["swa"].update(averages=3)),
