@@ -136,7 +136,13 @@ class RunningAverage:
                 f"{len(arrays)} arrays for {len(paths)} weights and {counters['n_averaged']} "
                 "snapshots"
             )
-        waiting = [np.array(array) for array in arrays]
+        try:
+            waiting = [np.array(array) for array in arrays]
+        except ValueError as error:
+            raise StateError(
+                f"the saved average is damaged: it holds what is no array ({error}).",
+                hint="load an earlier checkpoint.",
+            ) from error
         self.n_averaged = counters["n_averaged"]
         self.n_skipped = counters["n_skipped"]
         self.total = counters["total"]

@@ -31,7 +31,7 @@ from swa_keras.backend import wide
 from swa_keras.clock import Timetable, UpdateCounter, accumulation_of, inside_execution, timetable
 from swa_keras.learning_rate import Rate, check_settable
 from swa_keras.model_state import averaged_variables, inner_optimizer, synced
-from swa_keras.saving import check_live, live_of, plain
+from swa_keras.saving import check_live, live_of, plain, progress_of
 from swa_keras.swapping import Swap, live_variables
 from swa_keras.validation import Validation
 
@@ -421,13 +421,13 @@ class SWA(keras.callbacks.Callback):
           saved: what ``state_dict`` returned.
 
         Raises:
-          StateError: truncated, newer, or of another schedule or rule.
+          StateError: truncated, damaged, newer, or of another schedule or rule.
           StructureError: of other weights. After any error nothing has changed.
         """
         self._refuse_swapped("load a state")
         counters = read_header(saved, self.schedule, self.config.rule)
         self._check_unit(saved, self._timetable)
-        live = live_of(saved)
+        progress, live = progress_of(saved), live_of(saved)
         average = RunningAverage(self.config.rule, self.config.nonfinite)
         average.load(counters, saved)
         model = self._model
@@ -437,11 +437,11 @@ class SWA(keras.callbacks.Callback):
                 check_live(model, live)
         self._average = average
         self._updates = counters["updates"]
-        self._epochs = int(saved.get("epochs", 0))
+        self._epochs = progress.epochs
         self._statistics = None
         self._unchecked = saved if self._timetable is None else None
         self._live_to_load = live
-        self._base_rate = saved.get("base_rate")
+        self._base_rate = progress.base_rate
         if self._timetable is not None:
             self._set_up_rate(self._timetable)
             self._look_ahead(self._ticks(self._timetable))

@@ -1,9 +1,11 @@
-"""The training weights inside a state that was saved while the average stood in for them."""
+"""What a saved state holds beside counters and averages: epochs, rate, training weights."""
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,49 @@ import numpy.typing as npt
 from swa_core import StateError
 from swa_core.trees import is_inexact
 from swa_keras.swapping import live_variables
+
+
+_EARLIER = "load an earlier checkpoint."
+
+
+class Progress(NamedTuple):
+    """How far a training was when it was saved, beside its updates.
+
+    Attributes:
+      epochs: completed epochs.
+      base_rate: the learning rate at the start of ``[swa.lr]``, or None.
+    """
+
+    epochs: int
+    base_rate: float | None
+
+
+def progress_of(saved: Mapping[str, Any]) -> Progress:
+    """Epochs and base rate of a state, after checking that nothing of it is missing.
+
+    Raises:
+      StateError: truncated or damaged.
+    """
+    # A state that was saved before the first training knows no schedule, and no unit either.
+    wanted = ["rule", "unit", "epochs", "base_rate", "live"]
+    if saved.get("unit") is not None:
+        wanted.append("schedule")
+    if missing := [key for key in wanted if key not in saved]:
+        raise StateError(
+            f"the saved average is truncated: {', '.join(missing)} missing.", hint=_EARLIER
+        )
+    epochs, base_rate = saved["epochs"], saved["base_rate"]
+    try:
+        progress = Progress(operator.index(epochs), None if base_rate is None else float(base_rate))
+    except (TypeError, ValueError):
+        progress = Progress(-1, None)
+    if progress.epochs < 0 or not math.isfinite(progress.base_rate or 0.0):
+        raise StateError(
+            f"the saved average is damaged: epochs is {epochs!r} and base_rate {base_rate!r}, and "
+            "should be a whole number, and a number or None.",
+            hint=_EARLIER,
+        )
+    return progress
 
 
 def plain(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -28,8 +73,12 @@ def live_of(saved: Mapping[str, Any]) -> tuple[list[Any], list[Any]] | None:
         return [*map(np.array, live["weights"])], [*map(np.array, live["state"])]
     except (KeyError, TypeError) as error:
         raise StateError(
-            "the saved average is truncated: its training weights are missing.",
-            hint="load an earlier checkpoint.",
+            "the saved average is truncated: its training weights are missing.", hint=_EARLIER
+        ) from error
+    except ValueError as error:
+        raise StateError(
+            f"the saved average is damaged: its training weights are no arrays ({error}).",
+            hint=_EARLIER,
         ) from error
 
 

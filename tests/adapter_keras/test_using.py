@@ -210,10 +210,21 @@ def test_a_bad_state_is_refused_and_nothing_changes():
         "made with rule": saved | {"rule": {"name": "ema", "decay": 0.5}},
         "made with schedule": saved | {"schedule": [5, 1, None]},
         "counted epochs": saved | {"unit": "epoch"},
+        "epochs missing": {k: v for k, v in saved.items() if k != "epochs"},
+        "rule, live missing": {k: v for k, v in saved.items() if k not in ("rule", "live")},
+        "schedule missing": {k: v for k, v in saved.items() if k != "schedule"},
+        "epochs is 'x'": saved | {"epochs": "x"},
+        "epochs is -1": saved | {"epochs": -1},
+        "base_rate 'x'": saved | {"base_rate": "x"},
+        "base_rate nan": saved | {"base_rate": float("nan")},
+        "what is no array": saved | {"average": [[[1.0], [1.0, 2.0]], *saved["average"][1:]]},
+        "weights are no arrays": saved | {"live": {"weights": [[1, [2]]], "state": []}},
     }
+    everything = repr(saved)
     for message, state in bad.items():
         with pytest.raises(StateError, match=message):
             swa.load_state_dict(state)
+        assert repr(swa.state_dict()) == everything
     transposed = [array.T.copy() for array in saved["average"]]
     with pytest.raises(StructureError, match="has shape"):
         swa.load_state_dict(saved | {"average": transposed})
