@@ -45,7 +45,7 @@ def update_bn(model: keras.Model, data: Any, *, batch_size: int = 32) -> None:
 
     Raises:
       BatchNormError: no data, data without an end, a model that is not built, batch
-        renormalisation, momentum 1.
+        renormalisation, momentum 1, statistics with NaN or Inf. The model stays as it was.
 
     Source:
       Izmailov et al. 2018, arXiv:1803.05407, Alg. 1; Chan et al. 1983 (the pooling).
@@ -86,9 +86,15 @@ def pooled_statistics(model: Any, data: Any, *, batch_size: int = 32) -> list[St
         _check(layer)
     with current().forked_random():
         pools = _pools(model, layers, inputs_of(data, batch_size))
-    return [
+    found = [
         pool.statistics(layer) for layer, pool in zip(layers, pools, strict=True) if pool.count > 0
     ]
+    if spoilt := [layer.name for layer, *values in found if not np.isfinite(values).all()]:
+        raise BatchNormError(
+            f"the statistics of {', '.join(spoilt)} would hold NaN or Inf.",
+            hint="look for them in the data and in the weights.",
+        )
+    return found
 
 
 def _pools(model: Any, layers: list[Any], inputs: Iterator[Any]) -> list[_Pool]:

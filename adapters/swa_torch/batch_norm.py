@@ -43,8 +43,8 @@ def update_bn(
       forward: called as ``forward(model, batch)`` instead, for every other kind of batch.
 
     Raises:
-      BatchNormError: no batches, a batch of one value per channel, or layers that no batch
-        reaches. The statistics stay as they were.
+      BatchNormError: no batches, a batch of one value per channel, layers that no batch reaches,
+        or statistics with NaN or Inf. The statistics stay as they were.
 
     Source:
       Izmailov et al. 2018, arXiv:1803.05407, sec. 3.2; the pooling: Chan, Golub & LeVeque 1983.
@@ -74,6 +74,11 @@ def update_bn(
         raise BatchNormError(
             f"no batch reached any of the {len(pools)} batch-norm layers.",
             hint="if forward= was given, it must call the model it is handed.",
+        )
+    if spoilt := [pool.name for pool in pools.values() if not pool.is_finite()]:
+        raise BatchNormError(
+            f"the statistics of {', '.join(spoilt)} would hold NaN or Inf.",
+            hint="look for them in the data and in the weights.",
         )
     for layer, pool in pools.items():
         if pool.count:
@@ -131,6 +136,12 @@ class _Pool:
         )
         self.count = total
         self.batches += 1
+
+    def is_finite(self) -> bool:
+        """Whether the statistics hold neither NaN nor Inf."""
+        if not self.count or self._mean.is_meta:  # the meta device holds no values to look at
+            return True
+        return bool((self._mean + self._squares).isfinite().all())
 
     def write_to(self, layer: _BatchNorm) -> None:
         """Makes the pooled statistics the layer's."""

@@ -272,3 +272,11 @@ def test_finalize_and_averaged_recompute_on_bn_data():
     with pytest.raises(BatchNormError, match="no batch"):
         swa.finalize(bn_data=[])
     same(everything(model), before)
+
+
+def test_data_with_nan_is_refused_and_the_statistics_stay():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization(name="norm")])
+    with pytest.raises(BatchNormError, match="norm would hold NaN or Inf"):
+        update_bn(model, [np.ones((4, 2), np.float32), np.full((4, 2), np.nan, np.float32)])
+    assert model.get_layer("norm").moving_mean.numpy().tolist() == [0.0, 0.0]
+    assert model.get_layer("norm").moving_variance.numpy().tolist() == [1.0, 1.0]

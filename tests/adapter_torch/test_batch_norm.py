@@ -350,3 +350,13 @@ def test_compiled_models_are_seen_into():
     model.seen.clear()
     update_bn(compiled, ragged(3))
     assert_exact(model.norm, *model.pooled())
+
+
+def test_data_with_nan_is_refused_and_the_statistics_stay():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2, affine=False))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = [torch.randn(4, 2), torch.full((4, 2), float("nan"))]
+    with pytest.raises(BatchNormError, match="would hold NaN or Inf"):
+        update_bn(model, data)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name

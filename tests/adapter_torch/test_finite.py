@@ -10,7 +10,7 @@ from swa_torch.finite import all_finite
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@pytest.mark.parametrize("dtype", (*REAL, torch.complex64), ids=str)
+@pytest.mark.parametrize("dtype", [*REAL, torch.complex64], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_one_bad_element_is_found(dtype, bad):
     spoilt = torch.ones(5, 7, dtype=dtype)
