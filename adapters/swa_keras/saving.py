@@ -14,7 +14,6 @@ from swa_core import StateError
 from swa_core.trees import is_inexact
 from swa_keras.swapping import live_variables
 
-
 _EARLIER = "load an earlier checkpoint."
 
 
