@@ -1,4 +1,4 @@
-"""The named checks: what holds in every adapter (the numbers are those of the design's list)."""
+"""The named checks: what holds in every adapter (numbered as in ``swa_core.testing``)."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def check_first_snapshot_is_a_copy(make: MakeDriver) -> None:
 
 
 def check_average_shares_no_memory(make: MakeDriver) -> None:
-    """(3) Neither training on nor writing into what was read changes the average."""
+    """(3) Training on changes neither the average nor what was read of it before a snapshot."""
     driver = make()
     driver.start(scripts.whole(0), EVERY_OTHER)
     for update in (1, 2):
@@ -213,7 +213,10 @@ def check_state_saved_while_swapped(make: MakeDriver) -> None:
 
 
 def check_half_precision_averages_in_float32(make: MakeDriver) -> None:
-    """(7) The average of float16 and bfloat16 weights is float32, and rounded when swapped in."""
+    """(7) The average of float16 weights is float32, and rounded when swapped in.
+
+    Likewise of bfloat16, where ``ml_dtypes`` is installed: numpy knows it only through that.
+    """
     for dtype in ("float16", *(["bfloat16"] if importlib.util.find_spec("ml_dtypes") else [])):
         kind = _dtype(dtype)
         driver = make()

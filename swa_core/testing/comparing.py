@@ -20,6 +20,7 @@ def require(condition: bool, message: str) -> None:
 
 def same_names(actual: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
     """Requires the same leaves on both sides."""
+    require(isinstance(actual, Mapping), f"{what}: the driver gave {actual!r}, expected a dict")
     require(
         actual.keys() == expected.keys(),
         f"{what}: holds the leaves {sorted(actual)}, expected {sorted(expected)}",

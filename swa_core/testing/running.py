@@ -11,7 +11,13 @@ from swa_core.testing.comparing import ConformanceError
 
 
 class Result(NamedTuple):
-    """What one check gave: its name, the error if it failed, the reason if that was expected."""
+    """What one check gave: its name, the error if it failed, the reason if that was expected.
+
+    >>> print(Result("resume_is_exact", None, None))
+    resume_is_exact: passed
+    >>> print(Result("resume_is_exact", ValueError("no such key"), None))
+    resume_is_exact: FAILED: ValueError: no such key
+    """
 
     name: str
     error: Exception | None
@@ -24,7 +30,7 @@ class Result(NamedTuple):
 
     def __str__(self) -> str:
         if self.expected is None:
-            said = "passed" if self.error is None else f"FAILED: {self.error}"
+            said = "passed" if self.error is None else f"FAILED: {_described(self.error)}"
         elif self.error is None:
             said = f'FAILED: it passes, though expected to fail ("{self.expected}")'
         else:
@@ -40,6 +46,11 @@ def checks_of(make: MakeDriver) -> Iterator[tuple[str, Callable[[], None], str |
 
     Raises:
       ValueError: the driver expects failures of checks that do not exist.
+
+    >>> from swa_core.testing import CoreDriver
+    >>> name, run, reason = next(checks_of(CoreDriver))
+    >>> name, run(), reason
+    ('snapshots_on_schedule', None, None)
     """
     expected = dict(make().expected_failures)
     if unknown := expected.keys() - CHECKS.keys():
@@ -61,7 +72,8 @@ def check_adapter(make: MakeDriver) -> list[Result]:
       A result for each check.
 
     Raises:
-      ConformanceError: at the end, if any check failed unexpectedly; it lists all of them.
+      ConformanceError: at the end, if any check did not do what was expected of it; it lists all
+        of them, and its cause is the error of the first.
 
     >>> from swa_core.testing import CoreDriver, check_adapter
     >>> all(result.conforms for result in check_adapter(CoreDriver))
@@ -78,8 +90,13 @@ def check_adapter(make: MakeDriver) -> list[Result]:
     if failed := [result for result in results if not result.conforms]:
         raise ConformanceError(
             f"{len(failed)} of {len(results)} checks failed\n  " + "\n  ".join(map(str, failed))
-        )
+        ) from failed[0].error
     return results
+
+
+def _described(error: Exception) -> str:
+    # What the checks themselves say needs no name; anything else came from the driver or adapter.
+    return str(error) if isinstance(error, ConformanceError) else f"{type(error).__name__}: {error}"
 
 
 def parametrize_with_checks(makers: Iterable[MakeDriver]) -> Any:

@@ -23,7 +23,7 @@ class IgnoresStop(CoreDriver):
 
 
 class CountsFromZero(CoreDriver):
-    """Takes the snapshots of the update before, as a counter that starts at 1 does."""
+    """Takes each snapshot one update late, as a counter does to which the first update is 0."""
 
     def start(self, *args, **kwargs):
         super().start(*args, **kwargs)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
+from kit import broken_drivers as broken
 
 from swa_core import Schedule, SWAConfig
 from swa_core.testing import (
@@ -20,12 +19,6 @@ from swa_core.testing import (
     parametrize_with_checks,
     scripts,
 )
-
-_spec = importlib.util.spec_from_file_location(
-    "broken_drivers", Path(__file__).with_name("broken_drivers.py")
-)
-broken = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(broken)
 
 # Each broken driver, with all the checks that reject it. Where there are several, the same
 # mistake really shows in each.
@@ -120,6 +113,25 @@ def test_check_adapter_lists_every_failure_at_the_end():
     assert f"of {len(CHECKS)} checks failed" in text
     assert "average_equals_core: FAILED: the average by" in text
     assert "swap_restores: FAILED: the weights inside averaged()" in text
+
+
+def test_what_a_driver_itself_raises_is_named_and_is_the_cause():
+    class Unfinished(CoreDriver):
+        def n_averaged(self):
+            raise KeyError("updates")
+
+    with pytest.raises(ConformanceError, match="FAILED: KeyError: 'updates'") as raised:
+        check_adapter(Unfinished)
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
+def test_a_method_that_is_not_written_is_told_from_a_wrong_average():
+    class Unfinished(CoreDriver):
+        def average(self):
+            return None
+
+    with pytest.raises(ConformanceError, match="the driver gave None, expected a dict"):
+        check_adapter(Unfinished)
 
 
 def test_an_expected_failure_needs_to_fail():
