@@ -1,4 +1,4 @@
-"""Run by ``nox -s wheel`` away from the checkout, with nothing but the wheel and numpy."""
+"""Run by ``nox -s wheel`` away from the checkout: what the wheel holds, and that it works."""
 
 from __future__ import annotations
 

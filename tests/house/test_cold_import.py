@@ -34,5 +34,15 @@ def test_the_core_needs_no_pytest():
     ("module", "allowed"), [("swa_torch", {"torch"}), ("swa_optax", {"jax", "optax"})]
 )
 def test_an_adapter_imports_its_own_framework(request, module, allowed):
-    if module.removeprefix("swa_") in request.config.adapters:
-        assert frameworks_after(f"import {module}") <= allowed
+    skip_unless_chosen(request, module)
+    assert frameworks_after(f"import {module}") <= allowed
+
+
+def test_the_keras_adapter_imports_no_more_than_keras_does(request):
+    skip_unless_chosen(request, "swa_keras")
+    assert frameworks_after("import swa_keras") == frameworks_after("import keras")
+
+
+def skip_unless_chosen(request, module):
+    if module.removeprefix("swa_") not in request.config.adapters:
+        pytest.skip(f"{module} is not among the chosen adapters")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from swa_core import SWAConfig
+import swa_core
+from swa_core import ConfigError, SWAConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,12 +40,18 @@ def test_readme_configuration_is_read(tmp_path):
     assert config.schedule(steps_per_epoch=10, total_steps=200).first == 150
 
 
+def test_readme_shows_the_error_that_is_raised(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("swa.toml").write_text('[swa]\nstart = 160\nevry = "1ep"\n', encoding="utf-8")
+    with pytest.raises(ConfigError) as raised:
+        SWAConfig.load("swa.toml")
+    assert f"```\n{ConfigError.__module__}.ConfigError: {raised.value}\n```" in README
+
+
 def test_readme_names_the_two_commands():
     for session in ("demo", "tests"):
         assert f"python -m pip install nox && python -m nox -s {session}" in README
 
 
 def test_the_version_is_in_the_changelog():
-    import swa_core
-
     assert f"## {swa_core.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
