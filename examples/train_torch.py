@@ -62,7 +62,7 @@ def train(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = network(data)
-    steps_per_epoch = -(-len(data.train_y) // batch_size)
+    steps_per_epoch = data.steps_per_epoch(batch_size)
     test_x, _ = to_tensors(data.test_x, data.test_y)
     for_bn = to_tensors(data.train_x, data.train_y)[0].split(1000)
     record = Record()
@@ -114,7 +114,7 @@ def train_annealed(
     rng = np.random.default_rng(seed)
     model = network(data)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
-    steps = epochs * -(-len(data.train_y) // batch_size)
+    steps = epochs * data.steps_per_epoch(batch_size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
         model.train()
