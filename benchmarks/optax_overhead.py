@@ -78,13 +78,12 @@ def main() -> None:
     )
     print(table(f"A train step of {4 * width * width / 1e6:.1f} M weights", times, calls=STEPS))
     last = {name: holder[0][:2] for name, (_, holder) in pairs.items()}
-    averaged = averaged_params(
-        last["Adam, swa at every update"][1], last["Adam, swa at every update"][0]
-    )
     for name, (weights, _) in last.items():
         same = jax.tree.map(lambda a, b: bool((a == b).all()), weights, last["Adam"][0])
         assert all(jax.tree.leaves(same)), f"{name} changed the training"
-    assert not bool((averaged["layers"][0] == last["Adam"][0]["layers"][0]).all())
+    weights, opt_state = last["Adam, swa at every update"]
+    averaged = averaged_params(opt_state, weights)
+    assert not bool((averaged["layers"][0] == weights["layers"][0]).all()), "nothing was averaged"
 
 
 if __name__ == "__main__":
