@@ -26,7 +26,7 @@ def find_state(opt_state: Tree) -> SWAState:
     """The one ``SWAState`` in an optimizer state of any nesting.
 
     Raises:
-      StateError: there is none, or there are several.
+      StateError: there is none, or there are several, or a chain goes on behind it.
 
     >>> find_state(({"inner": SWAState(1, 0, 0, 0.0, None)}, ())).updates
     1
@@ -49,7 +49,35 @@ def find_state(opt_state: Tree) -> SWAState:
             hint="pass the part of the state that holds the one you mean, or put one swa at the "
             "end of the outermost chain instead of one in each part.",
         )
-    return next(iter(found.values()))
+    (path,) = found
+    _refuse_followed(opt_state, path)
+    return found[path]
+
+
+def _refuse_followed(opt_state: Tree, path: tuple[Any, ...]) -> None:
+    """Raises ``StateError`` if transformations come after the average in a chain.
+
+    They change the updates that the average was made with, so that it is one of weights that
+    never were. The transformation cannot know; the state of a chain, a plain tuple, tells.
+    """
+    part, place = opt_state, "opt_state"
+    for step in path:
+        if type(part) is tuple and step.idx < len(part) - 1:
+            raise StateError(
+                f"swa is not last in its chain: {place}[{step.idx}] holds the average, of "
+                f"{len(part)} parts, and what comes after it changes the updates that it averaged "
+                "with. The average is not one of weights that the training had.",
+                hint="make it optax.chain(..., swa(config)). If this tuple is no chain, pass the "
+                "optimizer state in it that holds the average.",
+            )
+        place += str(step)
+        part = _child(part, step)
+
+
+def _child(part: Any, step: Any) -> Any:
+    if hasattr(step, "name"):
+        return getattr(part, step.name)
+    return part[step.idx if hasattr(step, "idx") else step.key]
 
 
 def is_state(part: Any) -> bool:

@@ -38,7 +38,8 @@ def swa(
     ``MultiSteps(chain(opt, swa(...)), 4)`` and ``apply_if_finite(chain(opt, swa(...)), 5)`` count
     the updates that are made; the other way round they would count micro-steps and refused
     updates. A transformation cannot see what comes after it: before ``scale`` or an optimizer it
-    would average weights that never were.
+    would average weights that never were. What reads the average from the state of such a chain
+    refuses it.
 
     Args:
       config: a ``SWAConfig``, a mapping, or the path of a file with a ``[swa]`` table. Of
