@@ -54,6 +54,8 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if unknown := [name for name in options.frameworks if name not in (*RUNS, "keras")]:
         parser.error(f"unknown framework {unknown[0]!r}; known are {', '.join(RUNS)}")
+    if default_keras() not in RUNS:
+        parser.error(f"KERAS_BACKEND is none of {', '.join(KERAS_BACKENDS)}")
     return options
 
 
@@ -136,10 +138,13 @@ def main() -> None:
     from report import plot, table
     from tqdm import tqdm
 
-    from swa_core import SWAConfig
+    from swa_core import ConfigError, SWAConfig
 
     names = chosen(options.frameworks)
-    config = SWAConfig.load(options.config)  # both are looked at before anything is trained
+    try:  # the configuration and the data are looked at before anything is trained
+        config = SWAConfig.load(options.config)
+    except (ConfigError, OSError) as error:
+        raise SystemExit(str(error)) from error
     load(options.dataset, options.data)
     print(f"{options.dataset}, {options.epochs} epochs, {options.seeds} seeds: {config.to_dict()}")
     runs = {}
