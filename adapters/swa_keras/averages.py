@@ -59,11 +59,7 @@ class RunningAverage:
           StructureError: not the variables of the first snapshot, or none at all.
         """
         what = f"cannot add snapshot {self.n_averaged + 1} at update {update}"
-        if not variables:
-            raise StructureError(
-                f"{what}: the model has no trainable floating-point weights.",
-                hint="unfreeze a layer, or leave the callback out.",
-            )
+        refuse_nothing(variables, what)
         self.match(variables, what)
         if self._nonfinite == "skip" and not self.backend.all_finite(variables):
             self.n_skipped += 1
@@ -153,6 +149,15 @@ class RunningAverage:
             path: _Leaf(array.shape, array.dtype)
             for path, array in zip(paths, waiting, strict=True)
         }
+
+
+def refuse_nothing(variables: Sequence[Variable], what: str) -> None:
+    """Raises ``StructureError`` if there is no variable to be averaged."""
+    if not variables:
+        raise StructureError(
+            f"{what}: the model has no trainable floating-point weights.",
+            hint="unfreeze a layer, or leave the callback out.",
+        )
 
 
 def _truncated(what: str) -> StateError:

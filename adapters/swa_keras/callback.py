@@ -26,7 +26,7 @@ from swa_core import (
 from swa_core.errors import Fault
 from swa_core.saving import header, read_header
 from swa_keras import batch_norm
-from swa_keras.averages import RunningAverage
+from swa_keras.averages import RunningAverage, refuse_nothing
 from swa_keras.backend import wide
 from swa_keras.clock import Timetable, UpdateCounter, accumulation_of, inside_execution, timetable
 from swa_keras.learning_rate import Rate, check_settable
@@ -262,6 +262,7 @@ class SWA(keras.callbacks.Callback):
         self._adopt(resolved)
         self._warn_batch_norm(model)
         if model.built:
+            refuse_nothing(averaged_variables(model), "cannot train with averaging")
             self._average.match(averaged_variables(model), "cannot go on averaging")
         self._counter = None
         if self._validate != "raw":
@@ -375,10 +376,11 @@ class SWA(keras.callbacks.Callback):
         """
         self._refuse_swapped("finalize")
         if not self.n_averaged:
+            skipped = f", {self.n_skipped} left out as not finite" if self.n_skipped else ""
+            schedule = f" (the schedule is {self.schedule})" if self.schedule else ""
             raise NothingAveragedError(
-                f"finalize() after {self._updates} updates without a snapshot"
-                + (f" ({self.n_skipped} held NaN or Inf)." if self.n_skipped else "."),
-                hint=f"the schedule is {self.schedule}: train past the first snapshot.",
+                f"finalize(): nothing is averaged yet after {self._updates} updates{skipped}.",
+                hint=f"train past the first snapshot{schedule}, or start the average sooner.",
             )
         Swap(self._model_or(model), self._average, self._recompute(bn_data))
 

@@ -78,8 +78,11 @@ def test_with_nothing_averaged():
         same(swa.averaged_weights, before)
     with swa.averaged():  # a second warning would be an error
         same(weights(model), before)
-    with pytest.raises(NothingAveragedError, match="without a snapshot"):
+    with pytest.raises(NothingAveragedError, match="nothing is averaged yet after 0") as error:
         swa.finalize()
+    assert "Hint: train past the first snapshot (the schedule is Sched" in str(error.value)
+    with pytest.raises(NothingAveragedError, match="Hint: train past the first snapshot, or"):
+        SWA(EVERY_STEP).finalize(model)
     with pytest.raises(ConfigError, match="before the first snapshot"):
         fit(model, SWA({"start": "99step", "every": "1step"}))
 
@@ -383,6 +386,9 @@ def test_a_model_without_trainable_weights_is_refused():
     swa = SWA(EVERY_STEP)
     with pytest.raises(StructureError, match="no trainable floating-point weights"):
         swa.update(model)
+    model.compile("sgd", "mse")
+    with pytest.raises(StructureError, match="no trainable floating-point weights"):
+        fit(model, SWA(EVERY_STEP))
 
 
 def test_a_model_that_is_not_built_is_refused():
