@@ -55,9 +55,11 @@ def pack(plain: dict[str, Any], average: RunningAverage) -> dict[str, Any]:
         for position, tensor in zip(cohort.positions, cohort.averages, strict=True):
             entries[number[position]] = {"swa_average": tensor}
     if average.swap is not None:
+        # Copies: at the end of the block the two sides change their memory, and a state that is
+        # written to disk only then would name each by the other's name.
         for position, tensor in average.swap.averages.items():
-            live = average.swap.live[position].detach()
-            entries[number[position]] = {"swa_average": tensor.detach(), "swa_live": live}
+            live = average.swap.live[position].detach().clone()
+            entries[number[position]] = {"swa_average": tensor.detach().clone(), "swa_live": live}
     state = dict(plain["state"])
     elsewhere = {}
     for place, tensors in entries.items():

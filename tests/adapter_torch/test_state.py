@@ -95,6 +95,16 @@ def test_a_state_saved_while_swapped_in_restores_the_live_side(name, interruptio
     same_run(after, whole)
 
 
+@pytest.mark.parametrize("name", ["plain sgd", "adam"])  # averages elsewhere, and beside the state
+def test_a_state_made_while_swapped_in_may_be_written_after_the_block(name):
+    model, optimizer = averaging(make=MAKERS[name])
+    train(model, optimizer, 6)
+    with optimizer.averaged():
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    twins = resume(on_disk(state), make=MAKERS[name])
+    same_run(twins, (model, optimizer))
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_averages_of_half_precision_weights_stay_float32(swapped):
     def fresh():
