@@ -84,7 +84,6 @@ def train(
     record = Record()
 
     tx = optax.chain(
-        optax.add_decayed_weights(1e-4),
         optax.sgd(swa_lr(rate, config, **lengths), momentum=0.9),
         swa(config, **lengths),  # averaging: the last of the chain; the loop does not change
     )
@@ -141,7 +140,7 @@ def train_annealed(
     rng = np.random.default_rng(seed)
     network, params, batch_stats = begin(data, seed)
     schedule = optax.cosine_decay_schedule(rate, epochs * data.steps_per_epoch(batch_size))
-    tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(schedule, momentum=0.9))
+    tx = optax.sgd(schedule, momentum=0.9)
     state = params, batch_stats, tx.init(params)
     for _ in range(epochs):
         for x, y in data.batches(batch_size, rng):

@@ -14,7 +14,7 @@ from swa_keras import SWA, update_bn
 
 
 def network(data: Data) -> keras.Model:
-    # The other two frameworks' defaults where Keras' own differ, so that the network is the same.
+    # The other two frameworks' defaults where Keras' own differ, so that the networks are alike.
     convolution = {"padding": "same", "use_bias": False, "kernel_initializer": "lecun_normal"}
     layers = [keras.Input(data.train_x.shape[1:])]
     for features, stride in ((16, 1), (32, 2), (32, 2)):
@@ -51,7 +51,7 @@ class Batches(keras.utils.PyDataset):
 def compiled(data: Data, rate) -> keras.Model:
     model = network(data)
     model.compile(
-        optimizer=keras.optimizers.SGD(rate, momentum=0.9, weight_decay=1e-4),
+        optimizer=keras.optimizers.SGD(rate, momentum=0.9),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     return model
@@ -94,6 +94,7 @@ def train(
     swa = SWA(config, bn_data=data.train_x, finalize=False)  # averaging: add a callback to fit
     model.fit(
         Batches(data, batch_size, seed),
+        shuffle=False,  # Batches does it itself
         validation_data=(data.test_x, data.test_y) if curves else None,
         validation_batch_size=1000,
         epochs=epochs,
@@ -126,7 +127,13 @@ def train_annealed(
     steps = epochs * data.steps_per_epoch(batch_size)
     model = compiled(data, keras.optimizers.schedules.CosineDecay(rate, steps))
     watch = Watch(None, Record(), False, progress)
-    model.fit(Batches(data, batch_size, seed), epochs=epochs, callbacks=[watch], verbose=0)
+    model.fit(
+        Batches(data, batch_size, seed),
+        shuffle=False,  # Batches does it itself
+        epochs=epochs,
+        callbacks=[watch],
+        verbose=0,
+    )
     return Record(scores={"annealed": score(logits(model, data.test_x), data.test_y)})
 
 

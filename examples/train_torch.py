@@ -34,6 +34,7 @@ def network(data: Data) -> nn.Module:
     for layer in model:  # LeCun's initialisation, as in the other frameworks
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    nn.init.zeros_(model[-1].bias)
     return model
 
 
@@ -67,7 +68,7 @@ def train(
     for_bn = to_tensors(data.train_x, data.train_y)[0].split(1000)
     record = Record()
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     optimizer = SWA(  # averaging: wrap the optimizer; the loop does not change
         optimizer, config, steps_per_epoch=steps_per_epoch, total_steps=epochs * steps_per_epoch
     )
@@ -113,7 +114,7 @@ def train_annealed(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = network(data)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     steps = epochs * data.steps_per_epoch(batch_size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
