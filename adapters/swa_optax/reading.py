@@ -28,7 +28,7 @@ def find_state(opt_state: Tree) -> SWAState:
     Raises:
       StateError: there is none, or there are several, or a chain goes on behind it.
 
-    >>> find_state(({"inner": SWAState(1, 0, 0, 0.0, None)}, ())).updates
+    >>> find_state(((), {"inner": SWAState(1, 0, 0, 0.0, None)})).updates
     1
     """
     found = {
