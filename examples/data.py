@@ -33,6 +33,11 @@ class Data(NamedTuple):
     def classes(self) -> int:
         return int(self.train_y.max()) + 1
 
+    @property
+    def for_bn(self) -> np.ndarray:
+        """Training images for batch-norm statistics: thousands are plenty, all would be slow."""
+        return self.train_x[:5000]
+
     def steps_per_epoch(self, size: int) -> int:
         """The number of batches that ``batches`` gives."""
         return -(-len(self.train_y) // size)

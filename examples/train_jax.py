@@ -79,7 +79,7 @@ def train(
     network, params, batch_stats = begin(data, seed)
     steps_per_epoch = data.steps_per_epoch(batch_size)
     lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": epochs * steps_per_epoch}
-    for_bn = [data.train_x[at : at + 1000] for at in range(0, len(data.train_x), 1000)]
+    for_bn = [data.for_bn[at : at + 1000] for at in range(0, len(data.for_bn), 1000)]
     apply = partial(forward, network)
     record = Record()
 

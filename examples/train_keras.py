@@ -91,7 +91,7 @@ def train(
     keras.utils.set_random_seed(seed)
     model = compiled(data, rate)
     record = Record()
-    swa = SWA(config, bn_data=data.train_x, finalize=False)  # averaging: add a callback to fit
+    swa = SWA(config, bn_data=data.for_bn, finalize=False)  # averaging: add a callback to fit
     model.fit(
         Batches(data, batch_size, seed),
         shuffle=False,  # Batches does it itself
@@ -108,7 +108,7 @@ def train(
         record.scores["average"] = score(logits(model, data.test_x), data.test_y)
     if curves:
         record.line = loss_along_line(model, swa, data)
-    swa.finalize(bn_data=data.train_x)  # averaging: keep it (fit does so itself with finalize=True)
+    swa.finalize(bn_data=data.for_bn)  # averaging: keep it (fit does so itself with finalize=True)
     record.scores["average + update_bn"] = score(logits(model, data.test_x), data.test_y)
     return record
 
@@ -151,7 +151,7 @@ def loss_along_line(model: keras.Model, swa: SWA, data: Data) -> list[float]:
             model.trainable_variables, last, swa.averaged_weights, strict=True
         ):
             variable.assign(a + t * (b - a))
-        update_bn(model, data.train_x)
+        update_bn(model, data.for_bn)
         losses.append(score(logits(model, data.test_x), data.test_y).nll)
     assign(model.trainable_variables, last)
     assign(model.non_trainable_variables, statistics)

@@ -65,7 +65,7 @@ def train(
     model = network(data)
     steps_per_epoch = data.steps_per_epoch(batch_size)
     test_x, _ = to_tensors(data.test_x, data.test_y)
-    for_bn = to_tensors(data.train_x, data.train_y)[0].split(1000)
+    for_bn = to_tensors(data.for_bn, data.train_y)[0].split(1000)
     record = Record()
 
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
