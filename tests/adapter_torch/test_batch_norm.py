@@ -342,7 +342,6 @@ def test_one_batch_is_not_taken_for_many(data):
         update_bn(nn.Sequential(nn.BatchNorm1d(3)), data)
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch before 2.6")
 def test_compiled_models_are_seen_into():
     model = Watched(nn.BatchNorm1d(3))
     compiled = torch.compile(model, backend="eager")
