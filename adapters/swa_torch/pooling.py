@@ -11,6 +11,8 @@ from torch import Tensor
 # elsewhere the bound is on the float64 copy (128 MB), and a larger one only saves launches.
 _PIECE_ON_CPU = 2**19
 _PIECE = 2**24
+# Up to here what is done costs little beside that it is done, and float64 does it in fewer steps.
+_FEW = 2**14
 
 
 class Pool:
@@ -42,8 +44,40 @@ class Pool:
         if not values.numel():
             return
         for piece in _pieces(values.detach()):
-            self.merge(_count(piece), *_moments(piece, self.mean if self.count else None))
+            # torch's var_mean is 5 to 15 times slower on the CPU than two sums (it divides once
+            # for each value). Elsewhere the sums would make float64 copies of their own.
+            if piece.device.type == "cpu":
+                self._add_sums(piece)
+            else:
+                self.merge(_count(piece), *moments(piece))
         self.batches += 1
+
+    def _add_sums(self, values: Tensor) -> None:
+        """Takes in values by the sums of their deviations from the mean so far, and of the squares.
+
+        With N values before and n new ones whose deviations sum to s and their squares to q:
+        mean += s / (N + n), squares += q - s^2 / (N + n). Where n is not much larger than N this
+        cancels nothing; the first values are taken about their own mean.
+        """
+        count, flat, axes = _count(values), *_flat(values)
+        if not self.count:
+            self.mean = flat.mean(axes, dtype=torch.float64)
+            self.squares = torch.zeros_like(self.mean)
+        # Many deviations from about the mean may be as narrow as the values (but not narrower
+        # than float32): that loses 2^-24 of each at most, and most are exact. They are added in
+        # float64.
+        narrow = torch.promote_types(values.dtype, torch.float32)
+        about = self.mean if values.numel() <= _FEW else self.mean.to(narrow)
+        apart = flat - (about if flat.dim() == 2 else about[:, None])
+        total = apart.sum(axes, dtype=torch.float64)
+        squares = apart.square_().sum(axes, dtype=torch.float64)
+        if about.dtype != self.mean.dtype:
+            gap = about - self.mean
+            squares.addcmul_(gap, total, value=2).addcmul_(gap, gap, value=count)
+            total.add_(gap, alpha=count)
+        self.count += count
+        self.mean.add_(total, alpha=1 / self.count)
+        self.squares.add_(squares).addcmul_(total, total, value=-1 / self.count)
 
     def merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
         """Takes in the statistics of ``count`` more values.
@@ -79,21 +113,13 @@ def _pieces(values: Tensor) -> Iterator[Tensor]:
     return iter(values.split(max(1, size * len(values) // values.numel())))
 
 
-def _moments(values: Tensor, about: Tensor | None) -> tuple[Tensor, Tensor]:
-    # torch's var_mean is 5 to 15 times slower on the CPU than two sums (it divides once for each
-    # value). Elsewhere the sums would make float64 copies of their own.
-    if values.device.type == "cpu":
-        return moments_by_sums(values, about)
-    return moments_by_variance(values)
-
-
-def moments_by_variance(values: Tensor) -> tuple[Tensor, Tensor]:
+def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and summed squared deviations of each channel, in float64.
 
     Args:
       values: [batch, channels, ...].
 
-    >>> moments_by_variance(torch.tensor([[1.0], [2.0], [6.0]]))
+    >>> moments(torch.tensor([[1.0], [2.0], [6.0]]))
     (tensor([3.], dtype=torch.float64), tensor([14.], dtype=torch.float64))
     """
     # mps has no float64.
@@ -101,29 +127,6 @@ def moments_by_variance(values: Tensor) -> tuple[Tensor, Tensor]:
     axes = [axis for axis in range(values.dim()) if axis != 1]
     variance, mean = torch.var_mean(wide, axes, correction=0)
     return mean, variance * _count(values)
-
-
-def moments_by_sums(values: Tensor, about: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The same by two sums. Only the deviations from about the mean are as narrow as the values.
-
-    Of them float32 loses nothing that matters: 2^-24 of each at most, and most are exact. They
-    are added in float64.
-
-    Args:
-      values: [batch, channels, ...].
-      about: a guess at the means [channels]; without one they are computed first.
-
-    >>> moments_by_sums(torch.tensor([[1.0], [2.0], [6.0]]))
-    (tensor([3.], dtype=torch.float64), tensor([14.], dtype=torch.float64))
-    """
-    flat, axes = _flat(values)
-    if about is None:
-        about = flat.mean(axes, dtype=torch.float64)
-    about = about.to(torch.promote_types(values.dtype, torch.float32))
-    apart = flat - (about if flat.dim() == 2 else about[:, None])
-    shift = apart.sum(axes, dtype=torch.float64).div_(_count(values))
-    squares = apart.square_().sum(axes, dtype=torch.float64)
-    return shift + about, squares.addcmul_(shift, shift, value=-_count(values))
 
 
 def _flat(values: Tensor) -> tuple[Tensor, tuple[int, ...]]:

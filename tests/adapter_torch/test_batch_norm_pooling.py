@@ -8,14 +8,29 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swa_torch import pooling, update_bn
-from swa_torch.pooling import Pool, moments_by_sums, moments_by_variance
+from swa_torch.pooling import Pool, moments
 
 
-def moments(values):
+def exactly(values):
     """Mean and summed squared deviations in float64, channel by channel."""
     channels = values.double().movedim(1, 0).flatten(1)
     mean = channels.mean(1)
     return mean, (channels - mean[:, None]).square().sum(1)
+
+
+def pooled(*batches):
+    pool = Pool("norm")
+    for batch in batches:
+        pool.add(batch)
+    return pool.mean, pool.squares
+
+
+def pooled_elsewhere(*batches):
+    """As it is done on other devices than the CPU."""
+    pool = Pool("norm")
+    for batch in batches:
+        pool.merge(batch.numel() // batch.shape[1], *moments(batch))
+    return pool.mean, pool.squares
 
 
 def assert_close(found, expected, rtol=1e-12, atol=0.0):
@@ -38,7 +53,7 @@ def test_any_split_gives_the_statistics_of_the_pooled_data(sizes, shift, seed):
     pool = Pool("norm")
     for batch in data.split([*sizes, 1] if sum(sizes) < 2 else sizes):
         pool.add(batch)
-    mean, squares = moments(data)
+    mean, squares = exactly(data)
     # Of what lies `shift` away from 0, float64 itself keeps no more than this.
     spread = 1e-15 * abs(shift) + 1e-14
     torch.testing.assert_close(pool.mean, mean, rtol=1e-14, atol=spread)
@@ -64,56 +79,50 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("compute", [moments_by_sums, moments_by_variance])
+@pytest.mark.parametrize("pool", [pooled, pooled_elsewhere])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_memory_format(compute, layout):
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_any_memory_format(pool, layout, few, monkeypatch):
+    monkeypatch.setattr(pooling, "_FEW", few)
     torch.manual_seed(0)
     values = LAYOUTS[layout](torch.randn(6, 5, 4, 7, dtype=torch.float64) + 3)
-    assert_close(compute(values), moments(values))
+    assert_close(pool(values[:2], values[2:]), exactly(values))
 
 
+@pytest.mark.parametrize("pool", [pooled, pooled_elsewhere])
+@pytest.mark.parametrize("few", [0, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mean", [0.0, 1.0, 1000.0])
-def test_narrow_values_lose_nothing_that_matters(dtype, mean):
+def test_narrow_values_lose_nothing_that_matters(pool, few, dtype, mean, monkeypatch):
+    monkeypatch.setattr(pooling, "_FEW", few)
     torch.manual_seed(0)
     data = (torch.randn(64, 3, 40) + mean).to(dtype)
-    pool = Pool("norm")
-    for batch in data.split([32, 30, 2]):
-        pool.add(batch)
-    exact_mean, squares = moments(data)
-    scale = (squares / 2560).sqrt()
-    assert ((pool.mean - exact_mean).abs() <= 1e-7 * scale).all()
-    assert_close([pool.squares], [squares], rtol=1e-7)
+    found = pool(*data.split([32, 30, 2]))
+    exact_mean, squares = exactly(data)
+    spread = (squares / 2560).sqrt()
+    assert ((found[0] - exact_mean).abs() <= 1e-7 * spread).all()
+    assert_close([found[1]], [squares], rtol=1e-7)
 
 
-def test_batches_far_apart_lose_nothing_that_matters():
+@pytest.mark.parametrize("pool", [pooled, pooled_elsewhere])
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_batches_far_apart_lose_nothing_that_matters(pool, few, monkeypatch):
+    monkeypatch.setattr(pooling, "_FEW", few)
     torch.manual_seed(0)
-    data = [
-        torch.randn(8, 3) + 1e4,
-        *(torch.randn(8, 3) for _ in range(60)),
-        torch.randn(2, 3) - 1e4,
-    ]
-    pool = Pool("norm")
-    for batch in data:
-        pool.add(batch)
-    assert_close([pool.mean, pool.squares], moments(torch.cat(data)), rtol=1e-7)
+    means = [1e4, *[0.0] * 60, -1e4]
+    data = [torch.randn(8, 3) + mean for mean in means]
+    assert_close(pool(*data), exactly(torch.cat(data)), rtol=1e-7, atol=1e-5)
 
 
 def test_a_large_batch_is_looked_at_in_pieces(monkeypatch):
     torch.manual_seed(0)
     values = torch.randn(10, 3, 4, dtype=torch.float64) * torch.arange(10)[:, None, None]
     monkeypatch.setattr(pooling, "_PIECE_ON_CPU", 25)
-    looked_at = []
-    monkeypatch.setattr(
-        pooling,
-        "_moments",
-        lambda piece, about: looked_at.append(len(piece)) or moments_by_sums(piece, about),
-    )
+    assert [len(piece) for piece in pooling._pieces(values)] == [2] * 5
     pool = Pool("norm")
     pool.add(values)
-    assert looked_at == [2] * 5
     assert (pool.count, pool.batches) == (40, 1)
-    assert_close([pool.mean, pool.squares], moments(values), rtol=1e-11)
+    assert_close([pool.mean, pool.squares], exactly(values), rtol=1e-11)
 
 
 def test_constant_data_has_no_variance_below_zero():
