@@ -99,9 +99,8 @@ def update_bn(
                 undo.enter_context(own_forward(model))
                 with progress_bar(data, progress and ranks.is_first) as batches:
                     n_batches = _pass(model, batches, forward or call, pools)
-        except (
-            Exception
-        ) as error:  # an interrupt leaves at once, and the others lose the connection
+        except Exception as error:
+            # (An interrupt leaves at once, and the others lose the connection.)
             if not ranks.can_agree:
                 raise
             fault = error

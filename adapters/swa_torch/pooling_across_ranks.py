@@ -34,7 +34,7 @@ def group_of(model: torch.nn.Module) -> Any:
     if not are_distributed():
         return None
     modules = [*model.modules()]
-    groups = [module.process_group for module in modules if _has_group(module)]
+    groups = [_group_of_wrapper(module) for module in modules if _has_group(module)]
     groups += [_group_of_mesh(module) for module in modules if _is_fully_sharded(module)]
     if not groups:
         syncing = [module for module in modules if isinstance(module, SyncBatchNorm)]
@@ -256,6 +256,21 @@ def _is_sharded(module: Any) -> bool:
     return _is_fully_sharded(module) or (
         _has_group(module) and not isinstance(module, DistributedDataParallel)
     )
+
+
+def _group_of_wrapper(module: Any) -> Any:
+    group = module.process_group
+    if isinstance(module, DistributedDataParallel):
+        return group
+    if dist.get_world_size(group) != dist.get_world_size():
+        # With hybrid sharding it is that of one copy of the weights; the copies share the data too.
+        raise BatchNormError(
+            f"FullyShardedDataParallel shards over {dist.get_world_size(group)} of "
+            f"{dist.get_world_size()} processes, and whether the others share the data is not to "
+            "be seen.",
+            hint=_NAME_GROUP,
+        )
+    return group
 
 
 def _group_of_mesh(module: torch.nn.Module) -> Any:

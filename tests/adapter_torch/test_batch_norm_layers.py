@@ -299,6 +299,14 @@ def test_scripted_layers_are_refused(script):
         update_bn(script(nn.Sequential(nn.Linear(3, 3))), batches(3))
 
 
+def test_data_parallel_computes_where_the_layers_are():
+    model = nn.DataParallel(nn.Sequential(nn.BatchNorm1d(3)))
+    model.device_ids = [0, 1]  # as on a machine with two GPUs: it would copy the layers to both
+    update_bn(model, batches(3))
+    assert_statistics(model.module[0], torch.cat(batches(3)))
+    assert model.device_ids == [0, 1]
+
+
 # Layers that are built by the first batch.
 
 
