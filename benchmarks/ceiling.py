@@ -1,0 +1,87 @@
+"""The ceiling: the arithmetic in C, compiled for this machine when the benchmark runs."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("ceiling.c")
+FLAGS = ("-O3", "-march=native", "-pthread", "-shared", "-fPIC")
+# The operations of ceiling.c.
+LERP = {torch.float32: 0, torch.bfloat16: 1}
+SWAP = 2
+
+
+class NoCompilerError(RuntimeError):
+    """There is no C compiler, or it could not compile the loop."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled functions.
+
+    Raises:
+      NoCompilerError: with what the compiler said.
+    """
+    compiler = os.environ.get("CC") or shutil.which("cc")
+    if compiler is None:
+        raise NoCompilerError("no C compiler: neither $CC nor cc")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "ceiling.so"
+        command = [compiler, *FLAGS, "-o", str(target), str(SOURCE)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+            raise NoCompilerError(f"{' '.join(command[:-3])} failed: {said.strip()}") from error
+        return ctypes.CDLL(str(target))
+
+
+class Pairs:
+    """Averages and weights as C knows them: by address.
+
+    Args:
+      averages: contiguous float32 tensors on the CPU.
+      weights: contiguous tensors of the same sizes, all float32 or all bfloat16.
+      threads: how many share the work; as many as torch uses.
+    """
+
+    def __init__(self, averages: Sequence[Tensor], weights: Sequence[Tensor], threads: int) -> None:
+        (self._dtype,) = {weight.dtype for weight in weights}
+        if self._dtype not in LERP:
+            raise TypeError(f"the C loop reads float32 and bfloat16 weights, not {self._dtype}")
+        for average, weight in zip(averages, weights, strict=True):
+            assert average.dtype == torch.float32
+            assert average.is_contiguous()
+            assert weight.is_contiguous()
+            assert average.shape == weight.shape
+        count = len(weights)
+        self._alive = [*averages, *weights]
+        starts = [0, *itertools.accumulate(weight.numel() for weight in weights)]
+        self._arguments = (
+            (ctypes.c_void_p * count)(*(average.data_ptr() for average in averages)),
+            (ctypes.c_void_p * count)(*(weight.data_ptr() for weight in weights)),
+            (ctypes.c_long * (count + 1))(*starts),
+            ctypes.c_long(count),
+        )
+        self._threads = ctypes.c_int(threads)
+        self._run = library().run
+
+    def lerp(self, mix: float) -> None:
+        """``averages += mix * (weights - averages)``."""
+        self._run(LERP[self._dtype], *self._arguments, ctypes.c_float(mix), self._threads)
+
+    def swap(self) -> None:
+        """Averages and float32 weights change places."""
+        assert self._dtype == torch.float32
+        self._run(SWAP, *self._arguments, ctypes.c_float(), self._threads)
