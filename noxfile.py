@@ -66,7 +66,8 @@ def docs(session: nox.Session) -> None:
     """Every example in a docstring and the README runs, and prints what it says."""
     install(session, "--editable", ".[all]", *GROUPS["test"])
     env = {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": "examples"}
-    files = ["examples/record.py", "examples/report.py", "benchmarks/timing.py"]
+    files = ["examples/record.py", "examples/report.py"]
+    files += [f"benchmarks/{name}.py" for name in ("timing", "torch_reference", "torch_sets")]
     session.run("pytest", "--doctest-modules", "swa_core", "adapters", *files, env=env)
     session.run("pytest", "tests/house/test_readme.py", env=env)
 
@@ -92,7 +93,13 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The benchmarks: ratios to training without averaging and to the frameworks' own."""
-    install(session, "--editable", ".[torch,optax]")
-    for benchmark in ("torch_overhead", "optax_overhead"):
-        session.run("python", f"benchmarks/{benchmark}.py", *session.posargs)
+    """The benchmarks, beside whoever else averages; one of them: ``-- torch_overhead --help``."""
+    install(session, "--editable", ".[torch,optax]", *GROUPS["bench"])
+    # What they say they need fits no CPU build of torch, and what is benchmarked does not need it.
+    install(session, "--no-deps", *GROUPS["bench-alone"])
+    benchmarks = ["torch_overhead", "optax_overhead"]
+    arguments = list(session.posargs)
+    if arguments and arguments[0] in benchmarks:
+        benchmarks = [arguments.pop(0)]
+    for benchmark in benchmarks:
+        session.run("python", f"benchmarks/{benchmark}.py", *arguments)
