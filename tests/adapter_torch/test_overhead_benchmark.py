@@ -71,10 +71,10 @@ def test_a_wrong_average_is_not_timed_in_silence():
     # Ours is a mean; the benchmark is told that it is an exponential moving average.
     done = run(
         "-c",
-        "import dataclasses, torch_overhead, torch_peers\n"
+        "import dataclasses, torch_peers, torch_tables\n"
         "ours = dataclasses.replace(torch_peers.CONTENDERS[1], mix=torch_peers.moving)\n"
-        "bench = torch_overhead.Bench(rounds=3, tiny=True, here=[ours], absent={})\n"
-        "torch_overhead.snapshots(bench, 'resnet50', 'float32')\n",
+        "bench = torch_tables.Bench(rounds=3, tiny=True, here=[ours], absent={})\n"
+        "torch_tables.snapshots(bench, 'resnet50', 'float32')\n",
     )
     assert done.returncode == 1
     assert "AssertionError: swa_torch" in done.stderr
