@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,22 +11,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from swa_core import Schedule, SWAConfig
 from swa_core.errors import ConfigError, Fault, StructureError, SWAWarning
 from swa_torch.batch_norm import Statistics, update_bn
+from swa_torch.forwarding import Forwarding
 from swa_torch.running_average import RunningAverage
 from swa_torch.state import pack, unpack
 
 
-class SWA(torch.optim.Optimizer):
+class SWA(Forwarding):
     """Stochastic weight averaging around any ``torch.optim.Optimizer``; the loop does not change.
 
     Groups, state and defaults are those of the wrapped optimizer, so schedulers, gradient scalers
     and whatever else takes an optimizer takes this one. Updates are counted at the wrapped
     optimizer, whoever steps it. Its hooks are where the ``register_*`` methods put theirs: they
     fire once and are handed the wrapped optimizer.
+
+    A snapshot is of the weights as the wrapped ``step`` leaves them. Of a schedule-free optimizer
+    these are the ones that gradients are taken at, and its ``train()`` and ``eval()`` are reached
+    through this one.
+
+    Several of these may be around one optimizer, each with an average of its own; one for each
+    optimizer where a model has several.
 
     Trainable floating-point and complex parameters are averaged, in float32 or wider; frozen ones
     are left alone, and one that is unfrozen later (or a group that is added later) joins with its
@@ -54,10 +62,6 @@ class SWA(torch.optim.Optimizer):
     ([4.0, -4.0], [3.0, -3.0], 2)
     """
 
-    # A fused optimizer that supports this is stepped even for a gradient overflow, and skips in
-    # its kernel, where nobody can count. Without it GradScaler does not call step() then.
-    _step_supports_amp_scaling = False
-
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -66,13 +70,7 @@ class SWA(torch.optim.Optimizer):
         steps_per_epoch: int | None = None,
         total_steps: int | None = None,
     ) -> None:
-        # Optimizer.__init__ is left out: it would give this object groups and state of its own.
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}"
-            )
-        if isinstance(optimizer, SWA):
-            raise TypeError("this optimizer is wrapped in an SWA already; wrap the inner one")
+        _check_optimizer(optimizer)
         config = SWAConfig.of(config)
         lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
         schedule = config.schedule(**lengths)
@@ -85,36 +83,50 @@ class SWA(torch.optim.Optimizer):
         if lr is not None and not all("lr" in group for group in optimizer.param_groups):
             fault = Fault("swa.lr", f"{type(optimizer).__name__} has no learning rate to set.")
             raise ConfigError([fault], source="the configuration")
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self.config = config
         self._average = RunningAverage(optimizer, config, schedule, lr)
         self._average.connect(self)
 
     # Training.
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """One update of the wrapped optimizer; a snapshot joins the average if it is due.
+
+        Whatever the wrapped step raises (a closure's error, say) comes out as it is; the update is
+        not counted then.
 
         Args:
           closure: reevaluates the model and returns the loss, for optimizers that ask for one.
+          kwargs: what the wrapped optimizer's ``step`` takes besides, if it does.
 
         Raises:
           SwappedError: inside ``averaged()``.
           StructureError: a snapshot is due, and parameters changed in number, shape or dtype. The
             update was made and is counted; the average stays as it was.
         """
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        if closure is not None:
+            return self.optimizer.step(closure, **kwargs)
+        return self.optimizer.step(**kwargs)
 
     # The wrapped step calls the hooks already; torch would put them around this one again.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Resets the gradients, as the wrapped optimizer does."""
-        self.optimizer.zero_grad(set_to_none)
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        # Schedule-free optimizers turn one kind of weights into another by these.
+        return functools.partial(self._with_live, found) if name in ("train", "eval") else found
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the wrapped optimizer; it joins the average with its own count."""
-        self.optimizer.add_param_group(param_group)
+    def _with_live(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls a method that works on the live weights, inside ``averaged()`` too."""
+        average = self._average
+        if average.swap is None:
+            return method(*args, **kwargs)
+        average.swap_out()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            average.swap_in("averaged()")
 
     # The average.
 
@@ -144,7 +156,13 @@ class SWA(torch.optim.Optimizer):
 
         What is not averaged (frozen parameters; all of them before the first snapshot, with a
         warning said once) is a copy of the live weights.
+
+        Raises:
+          SwappedError: before the first snapshot, while the average of another ``SWA`` stands in
+            for the live weights.
         """
+        if not self._average.n_averaged:
+            self._average.refuse_another("averaged_parameters")
         self._average.warn_if_empty(stacklevel=2)
         return self._average.read()
 
@@ -166,7 +184,8 @@ class SWA(torch.optim.Optimizer):
           bn_data: batches for ``update_bn``, to recompute the batch-norm statistics.
 
         Raises:
-          SwappedError: inside another ``averaged()`` block.
+          SwappedError: inside another ``averaged()`` block, also one of another ``SWA`` around the
+            same optimizer.
           StructureError: parameters changed in number, shape or dtype.
           BatchNormError: as ``update_bn``; everything is restored.
         """
@@ -225,7 +244,12 @@ class SWA(torch.optim.Optimizer):
         Saved inside ``averaged()``, it holds the live weights besides, because the model's own
         state then holds the averaged ones. (Batch-norm statistics are the model's alone: save
         outside the block if ``bn_data`` was given.)
+
+        Raises:
+          SwappedError: inside the ``averaged()`` block of another ``SWA``.
+          StructureError: parameters changed in number, shape or dtype.
         """
+        self._average.refuse_another("state_dict()")
         if self._average.swap is None:
             self._average.join("state_dict()")
         return pack(self.optimizer.state_dict(), self._average)
@@ -278,67 +302,22 @@ class SWA(torch.optim.Optimizer):
         self.__dict__.update(state)
         self._average.connect(self)
 
-    # Everything else is the wrapped optimizer's. Loading replaces groups and state with new
-    # objects, so they are asked for each time.
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of the wrapped optimizer."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The state of the wrapped optimizer; the averages are not in it."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The defaults of the wrapped optimizer."""
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.optimizer.defaults = defaults
-
-    def __getattr__(self, name: str) -> Any:
-        # train() and eval() of the schedule-free optimizers, for example. Private names are not
-        # forwarded: they would tell of abilities (see above) that the wrapper does not share.
-        if name.startswith("_") or "optimizer" not in self.__dict__:
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        return getattr(self.optimizer, name)
-
-    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
-        """Registers a hook on the wrapped optimizer, called before each update."""
-        return self.optimizer.register_step_pre_hook(hook)
-
-    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
-        """Registers a hook on the wrapped optimizer, called after each update."""
-        return self.optimizer.register_step_post_hook(hook)
-
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """Registers a hook on the wrapped optimizer, called before its state is saved."""
-        return self.optimizer.register_state_dict_pre_hook(hook, prepend)
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """Registers a hook on the wrapped optimizer; it sees the state before the average is in."""
-        return self.optimizer.register_state_dict_post_hook(hook, prepend)
-
-    def register_load_state_dict_pre_hook(
-        self, hook: Any, prepend: bool = False
-    ) -> RemovableHandle:
-        """Registers a hook on the wrapped optimizer; it sees the state without the average."""
-        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend)
-
-    def register_load_state_dict_post_hook(
-        self, hook: Any, prepend: bool = False
-    ) -> RemovableHandle:
-        """Registers a hook on the wrapped optimizer, called after its state was loaded."""
-        return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
+def _check_optimizer(optimizer: Any) -> None:
+    """Raises ``TypeError`` for what cannot be wrapped."""
+    if isinstance(optimizer, SWA):
+        raise TypeError(
+            "this optimizer is wrapped in an SWA already; for another average wrap its inner one, "
+            "optimizer.optimizer, once more"
+        )
+    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
+        name = optimizer.__name__
+        raise TypeError(
+            f"expected an optimizer to wrap, got the class {name}; make one first: "
+            f"{name}(model.parameters(), ...)"
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}; if it "
+            "wraps one, wrap that one"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 
 from swa_core.errors import SWAWarning
 from swa_core.learning_rate import LRSchedule, learning_rate
+
+# A warning names the line of the training loop: between it and here are torch and this package.
+_PASSED = ("swa_torch", "torch")
 
 
 class Rates:
@@ -56,8 +60,16 @@ class Rates:
                 "something else sets the learning rate too (a scheduler?). From update "
                 f"{self.schedule.start} on [swa.lr] decides; leave it out to keep the other one.",
                 SWAWarning,
-                stacklevel=5,
+                stacklevel=_users_level(),
             )
+
+
+def _users_level() -> int:
+    """The stack level, for a warning of the caller, of the line that made the update."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _holds(lr: Any, rate: float) -> bool:

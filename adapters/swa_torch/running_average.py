@@ -20,6 +20,7 @@ from swa_core.schedule import Schedule
 from swa_torch.cohort import Cohort, Position, Scratch, is_averaged
 from swa_torch.finite import all_finite
 from swa_torch.rates import Rates
+from swa_torch.stepping import Watch, not_traced, untraced, watchers
 from swa_torch.swap import Swap
 
 _HINT = (
@@ -55,7 +56,8 @@ class RunningAverage:
         self.scratch = Scratch()
         self.swap: Swap | None = None
         self._has_warned = False
-        self._handles: list[Any] = []
+        self._owners = 0
+        self._watch: Watch | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -74,20 +76,33 @@ class RunningAverage:
     # Counting: the hooks on the optimizer.
 
     def connect(self, owner: object) -> None:
-        """Hooks into the optimizer, once, until ``owner`` is gone."""
-        if self._handles:
-            return
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_update),
-            self.optimizer.register_step_post_hook(self._after_update),
-        ]
-        for handle in self._handles:
-            weakref.finalize(owner, handle.remove).atexit = False
+        """Hooks into the optimizer, once, until ``owner`` and all other owners are gone."""
+        self._owners += 1
+        weakref.finalize(owner, self._disconnect).atexit = False
+        if self._watch is None:
+            self._arrive_as_is = untraced(RunningAverage._arrive)
+            self._set_rates = untraced(Rates.before_update)
+            self._watch = Watch(self.optimizer, self._before_update, self._after_update)
+
+    def _disconnect(self) -> None:
+        self._owners -= 1
+        if not self._owners and self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks do not travel with an optimizer; whoever restores this connects it anew.
-        return {**self.__dict__, "_handles": []}
+        left_out = ("_arrive_as_is", "_set_rates")
+        state = {key: value for key, value in self.__dict__.items() if key not in left_out}
+        return {**state, "_owners": 0, "_watch": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A process that was sent this shares its memory with the sender, who averages on.
+        for cohort in self.cohorts:
+            cohort.averages = [*map(_unshared, cohort.averages)]
+
+    @not_traced
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.swap is not None:
             raise SwappedError(
@@ -95,14 +110,15 @@ class RunningAverage:
                 "it would train the average.",
                 hint="leave the averaged() block first.",
             )
-        if self.rates is not None:
-            self.rates.before_update(self.updates + 1, optimizer.param_groups)
+        if self.rates is not None and self.updates + 1 >= self.rates.schedule.start:
+            self._set_rates(self.rates, self.updates + 1, optimizer.param_groups)
 
+    @not_traced
     def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # All that an update which is no snapshot costs.
         self.updates += 1
         if self.updates == self._due:
-            self._arrive()
+            self._arrive_as_is(self)
 
     def _arrive(self) -> None:
         self._due = self.schedule.next_after(self.updates)
@@ -288,12 +304,23 @@ class RunningAverage:
             )
 
     def refuse_swapped(self, doing: str) -> None:
-        """Raises ``SwappedError`` while the average stands in for the weights."""
+        """Raises ``SwappedError`` while an average stands in for the weights, this or another's."""
         if self.swap is not None:
             raise SwappedError(
                 f"{doing}: the average stands in for the weights already.",
                 hint="leave the averaged() block first.",
             )
+        self.refuse_another(doing)
+
+    def refuse_another(self, doing: str) -> None:
+        """Raises ``SwappedError`` while another SWA's average stands in for the weights."""
+        for other in watchers(self.optimizer):
+            if isinstance(other, RunningAverage) and other is not self and other.swap is not None:
+                raise SwappedError(
+                    f"{doing}: the average of another SWA around the same optimizer stands in for "
+                    "the weights.",
+                    hint="leave its averaged() block first.",
+                )
 
     def refuse_empty(self, doing: str) -> None:
         """Raises ``NothingAveragedError`` before the first snapshot."""
@@ -324,6 +351,10 @@ class RunningAverage:
 
 def _are_the_same(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(map(operator.is_, some, others))
+
+
+def _unshared(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_shared() else tensor  # type: ignore[no-untyped-call]
 
 
 def say_dtype(dtype: torch.dtype) -> str:
