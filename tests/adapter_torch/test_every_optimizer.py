@@ -5,13 +5,12 @@ They are found, not listed: one that a later torch brings is tested as it is mad
 
 import copy
 import inspect
-import io
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from adapter_torch.training import batches, network, same, values
+from adapter_torch.training import batches, network, on_disk, same, values
 from torch.optim import Optimizer
 
 from swa_core import EMA, SWAConfig
@@ -94,13 +93,6 @@ def train(model, optimizer, begin, end, after=lambda: None):
 
 def trained_parameters(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def on_disk(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def equal_states(some, others):

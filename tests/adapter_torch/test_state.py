@@ -1,7 +1,6 @@
 """Saving and loading: interrupted anywhere, a run goes on as if it had not been."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from adapter_torch.training import (
     averaging,
     batches,
     network,
+    on_disk,
     same,
     sgd,
     train,
@@ -28,14 +28,6 @@ MAKERS = {
         [{"params": m[0].parameters()}, {"params": m[3].parameters(), "lr": 0.1}], lr=0.01
     ),
 }
-
-
-def on_disk(state):
-    """What torch.load finds after torch.save, without trusting the file."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def checkpoint(model, optimizer):

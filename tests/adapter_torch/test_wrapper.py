@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from adapter_torch.training import EVERY_OTHER, averaging, network, same, sgd, train, values
+from adapter_torch.training import EVERY_OTHER, averaging, network, same, sgd, train
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -18,48 +18,6 @@ from torch.optim.optimizer import (
 
 from swa_core import ConfigError, StructureError, SwappedError, SWAWarning
 from swa_torch import SWA
-
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
-    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
-    "adam-fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
-    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
-    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
-    "asgd": lambda p: torch.optim.ASGD(p, lr=0.01),
-}
-SCHEDULERS = {
-    "step": lambda o: lr_scheduler.StepLR(o, 3),
-    "multistep": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
-    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda e: 0.9**e),
-    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
-    "warm-restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
-    "one-cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
-    "cyclic": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=3),
-    "sequential": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)], [4]
-    ),
-    "chained": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o, 0.5, 3), lr_scheduler.ExponentialLR(o, 0.95)], o
-    ),
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_is_bit_identical_to_training_without(name):
-    plain, averaged = network(), network()
-    inner = OPTIMIZERS[name](averaged.parameters())
-    optimizer = SWA(inner, EVERY_OTHER)
-    train(plain, OPTIMIZERS[name](plain.parameters()), 12)
-    train(averaged, optimizer, 12)
-    assert same(plain.parameters(), averaged.parameters())
-    assert optimizer.n_averaged == 5
-    assert isinstance(optimizer, torch.optim.Optimizer)
-    assert optimizer.optimizer is inner
 
 
 def test_swapping_and_batch_norm_between_updates_do_not_disturb_the_training():
@@ -86,43 +44,6 @@ def test_swapping_and_batch_norm_between_updates_do_not_disturb_the_training():
     assert len(said) == 1
     assert same(plain.state_dict().values(), averaged.state_dict().values())
     assert torch.equal(shuffler.get_state(), before)
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_run_on_it_as_on_the_plain_optimizer(name):
-    plain, (averaged, optimizer) = network(), averaging()
-    rates = {}
-    for run, model, opt in (("plain", plain, sgd(plain)), ("averaged", averaged, optimizer)):
-        scheduler = SCHEDULERS[name](opt)
-        rates[run] = []
-
-        def after(scheduler=scheduler, opt=opt, seen=rates[run]):
-            scheduler.step()
-            seen.append((opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"]))
-
-        train(model, opt, 12, after=after)
-    assert rates["plain"] == rates["averaged"]
-    assert len(set(rates["plain"])) > 1
-    assert same(plain.parameters(), averaged.parameters())
-    assert optimizer.updates == 12
-    assert optimizer.n_averaged == 5
-
-
-def test_reduce_on_plateau():
-    model, optimizer = averaging()
-    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
-    train(model, optimizer, 4, after=lambda: scheduler.step(1.0))
-    assert optimizer.param_groups[0]["lr"] < 0.05
-    assert optimizer.optimizer.param_groups[0]["lr"] < 0.05
-
-
-def test_scheduler_sees_that_the_optimizer_was_stepped():
-    # A warning ("lr_scheduler.step() before optimizer.step()") would be an error here.
-    model, optimizer = averaging()
-    scheduler = lr_scheduler.StepLR(optimizer, 1)
-    train(model, optimizer, 1)
-    scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
 
 
 def test_hooks_fire_once():
@@ -182,28 +103,6 @@ def test_whoever_steps_the_inner_optimizer_is_counted_once():
     assert optimizer.n_averaged == 2
 
 
-def test_closures():
-    model, optimizer = averaging(make=lambda m: torch.optim.LBFGS(m.parameters(), max_iter=3))
-    plain = network()
-    x, y = torch.randn(8, 4), torch.randn(8, 1)
-    results = []
-    for net, opt in (
-        (plain, torch.optim.LBFGS(plain.parameters(), max_iter=3)),
-        (model, optimizer),
-    ):
-
-        def closure(net=net, opt=opt):
-            opt.zero_grad()
-            loss = torch.nn.functional.mse_loss(net(x), y)
-            loss.backward()
-            return loss
-
-        results.append([opt.step(closure).item() for _ in range(6)])
-    assert results[0] == results[1]
-    assert same(plain.parameters(), model.parameters())
-    assert (optimizer.updates, optimizer.n_averaged) == (6, 2)
-
-
 def test_a_closure_that_raises_is_no_update():
     _, optimizer = averaging()
 
@@ -215,25 +114,6 @@ def test_a_closure_that_raises_is_no_update():
     assert optimizer.updates == 0
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_the_gradient_scaler_skips_is_no_update(fused):
-    model, optimizer = averaging(
-        make=lambda m: torch.optim.Adam(m.parameters(), lr=0.01, fused=fused)
-    )
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    for update in range(6):
-        optimizer.zero_grad()
-        scaler.scale(model(torch.randn(8, 4)).square().mean()).backward()
-        if update in (1, 4):
-            model[0].weight.grad[0, 0] = float("inf")
-        before = values(model.parameters())
-        scaler.step(optimizer)
-        scaler.update()
-        assert same(before, model.parameters()) == (update in (1, 4))
-    assert optimizer.updates == 4
-    assert optimizer.n_averaged == 1
-
-
 def test_gradient_accumulation_counts_updates():
     model, optimizer = averaging()
     for number in range(1, 13):
@@ -242,6 +122,13 @@ def test_gradient_accumulation_counts_updates():
             optimizer.step()
             optimizer.zero_grad()
     assert optimizer.updates == 4
+
+
+def test_it_is_an_optimizer_around_the_one_that_it_was_given():
+    inner = sgd(network())
+    optimizer = SWA(inner, EVERY_OTHER)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.optimizer is inner
 
 
 def test_groups_state_and_defaults_are_the_inner_ones_also_after_loading():

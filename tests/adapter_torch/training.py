@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,6 +61,14 @@ def same(some: Any, others: Any) -> bool:
     """Whether two lists of tensors agree in dtypes and bits."""
     pairs = [*zip(some, others, strict=True)]
     return all(a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def on_disk(state: Any) -> Any:
+    """What torch.load finds after torch.save, without trusting the file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def averaging(
