@@ -24,7 +24,7 @@ def install(session: nox.Session, *packages: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests, in every framework and on every Keras backend (one process for each)."""
-    install(session, "--editable", ".[all]", *GROUPS["test"])
+    install(session, "--editable", ".[all]", *GROUPS["test"], *GROUPS["ecosystem"])
     env = {"TF_CPP_MIN_LOG_LEVEL": "2"}
     if session.posargs:
         session.run("pytest", *session.posargs, env=env)
@@ -69,7 +69,9 @@ def docs(session: nox.Session) -> None:
     files = ["examples/record.py", "examples/report.py"]
     files += [f"benchmarks/{name}.py" for name in ("timing", "torch_reference", "torch_sets")]
     session.run("pytest", "--doctest-modules", "swa_core", "adapters", *files, env=env)
-    session.run("pytest", "tests/house/test_readme.py", env=env)
+    # Without the ecosystem, which this session does not install.
+    chosen = "--adapters=torch,keras,optax"
+    session.run("pytest", chosen, "tests/house/test_readme.py", env=env)
 
 
 @nox.session

@@ -1,5 +1,7 @@
 """Which adapters a run tests is said loudly: ``pytest --adapters=torch,optax``.
 
+``torch-ecosystem`` are the tests of the PyTorch adapter inside packages that take an optimizer.
+
 What is not chosen is not collected, and what is chosen but not installed is an error, so that no
 framework is ever skipped in silence.
 """
@@ -20,13 +22,18 @@ NEEDS = {
     "keras": ("keras",),
     "optax": ("jax", "optax", "flax"),
 }
+# What the tests of an adapter inside other packages import.
+ECOSYSTEMS = {
+    "torch-ecosystem": ("torch", "lightning", "transformers", "accelerate", "schedulefree"),
+}
+CHOICES = NEEDS | ECOSYSTEMS
 BACKENDS = ("tensorflow", "jax", "torch")
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--adapters",
-        default=",".join(NEEDS),
+        default=",".join(CHOICES),
         help="the adapters to test, comma-separated, or 'none' (default: all)",
     )
     parser.addoption(
@@ -39,31 +46,33 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     chosen = config.getoption("--adapters")
-    adapters = () if chosen == "none" else tuple(chosen.split(","))
-    if unknown := set(adapters) - NEEDS.keys():
-        raise pytest.UsageError(f"--adapters: unknown {sorted(unknown)}; known are {list(NEEDS)}")
+    choices = () if chosen == "none" else tuple(chosen.split(","))
+    if unknown := set(choices) - CHOICES.keys():
+        raise pytest.UsageError(f"--adapters: unknown {sorted(unknown)}; known are {list(CHOICES)}")
     backend = config.getoption("--keras-backend")
-    for adapter in adapters:
-        for package in (*NEEDS[adapter], *([backend] if adapter == "keras" else [])):
+    for choice in choices:
+        for package in (*CHOICES[choice], *([backend] if choice == "keras" else [])):
             if importlib.util.find_spec(package) is None:
                 raise pytest.UsageError(
                     f"--adapters={chosen} needs the package {package}, which is not installed. "
                     f"Install it, or choose fewer adapters."
                 )
-    config.adapters = adapters
+    config.adapters = tuple(choice for choice in choices if choice in NEEDS)
+    config.ecosystems = tuple(choice for choice in choices if choice in ECOSYSTEMS)
     # Before anything imports Keras, which reads it once.
     os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def pytest_report_header(config):
-    return (
-        f"adapters: {', '.join(config.adapters) or 'none'}; Keras on {os.environ['KERAS_BACKEND']}"
-    )
+    chosen = ", ".join((*config.adapters, *config.ecosystems)) or "none"
+    return f"adapters: {chosen}; Keras on {os.environ['KERAS_BACKEND']}"
 
 
 def pytest_ignore_collect(collection_path, config):
     # Differential tests compare all adapters with each other; the others have a folder each.
     needed = {HERE / f"adapter_{adapter}": {adapter} for adapter in NEEDS}
     needed[HERE / "differential"] = set(NEEDS)
-    return True if needed.get(collection_path, set()) - set(config.adapters) else None
+    needed[HERE / "ecosystem_torch"] = {"torch-ecosystem"}
+    chosen = {*config.adapters, *config.ecosystems}
+    return True if needed.get(collection_path, set()) - chosen else None
