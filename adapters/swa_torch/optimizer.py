@@ -252,7 +252,8 @@ class SWA(Forwarding):
         self._average.refuse_another("state_dict()")
         if self._average.swap is None:
             self._average.join("state_dict()")
-        return pack(self.optimizer.state_dict(), self._average)
+        # The core's, not self.optimizer: in Lightning's subclass of this one that is a wrapper too.
+        return pack(self._average.optimizer.state_dict(), self._average)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a saved state, bit for bit. Load the model first.
@@ -271,7 +272,7 @@ class SWA(Forwarding):
         average = self._average
         average.refuse_swapped("load_state_dict()")
         loaded = unpack(state_dict, average)
-        self.optimizer.load_state_dict(loaded.plain)
+        average.optimizer.load_state_dict(loaded.plain)
         if loaded.counters is None:
             average.reset()
             warnings.warn(
