@@ -178,6 +178,8 @@ class SWA(Forwarding):
 
         Float32 weights and averages change places without a further copy, so what is written to
         the weights inside the block would be written to the average; a warning says so.
+        ``train()`` and ``eval()`` of a schedule-free optimizer, which rewrite the weights, reach
+        the live ones inside the block too.
 
         Args:
           model: the model, needed with ``bn_data``.
