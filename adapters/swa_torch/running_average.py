@@ -160,6 +160,10 @@ class RunningAverage:
             and not any(parameter.requires_grad for parameter in self._waiting)
         ):
             return
+        if self.updates <= 1 and not self.n_averaged:
+            # Whoever saves and loads before the first update (Accelerate, to move the state) had
+            # averages allocated, and may have sharded the parameters since. They hold nothing.
+            self.cohorts, self._members, self._waiting = [], [], []
         self._check_numbers(doing)
         found = dict(self.positions())
         for cohort in self.cohorts:
@@ -345,8 +349,7 @@ class RunningAverage:
         self.n_skipped, self.total = counters["n_skipped"], counters["total"]
         self.cohorts = cohorts
         self.join()
-        # Allocation is behind us even before the first update.
-        self._due = self.schedule.next_after(self.updates)
+        self._due = self.schedule.next_after(self.updates) if self.updates else 1
 
 
 def _are_the_same(some: list[Tensor], others: list[Tensor]) -> bool:

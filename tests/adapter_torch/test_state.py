@@ -221,6 +221,25 @@ def test_loading_shares_no_memory_with_the_state():
     assert same(twin.averaged_parameters, kept)
 
 
+def test_parameters_may_be_replaced_until_the_first_update_is_made():
+    """Accelerate saves and loads, to move the state, and shards the parameters only then."""
+    model, optimizer = averaging()
+    optimizer.load_state_dict(on_disk(optimizer.state_dict()))
+    other = network().double()
+    other[0] = torch.nn.Linear(3, 6, dtype=torch.float64)
+    optimizer.param_groups[0]["params"] = [*other.parameters()]
+    for _ in range(6):
+        for parameter in other.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert (optimizer.updates, optimizer.n_averaged) == (6, 2)
+    shapes = [(average.shape, average.dtype) for average in optimizer.averaged_parameters]
+    assert shapes == [(parameter.shape, torch.float64) for parameter in other.parameters()]
+    optimizer.param_groups[0]["params"] = [*model.parameters()]
+    with pytest.raises(StructureError, match="has shape"):
+        optimizer.state_dict()
+
+
 def faulty(change):
     def changed():
         model, optimizer = averaging()
