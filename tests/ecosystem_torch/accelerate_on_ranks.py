@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from adapter_torch.training import batches, network, same, values
 from ecosystem_torch.comparing import close, means
 from torch.distributed.tensor import DTensor
@@ -31,7 +31,9 @@ def sharded() -> tuple[Accelerator, torch.nn.Module]:
     Accelerate turns it on for accelerators only. What it does then runs on the CPU as well.
     """
     accelerator = Accelerator(cpu=True)
+    # Each new AcceleratorState takes over what PartialState says.
     accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState().distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="no_wrap", state_dict_type="SHARDED_STATE_DICT"
     )
@@ -98,7 +100,7 @@ def check(kind: str, folder: Path) -> None:
     assert same(resumed.end()[0], weights)
     assert same(resumed.end()[1], averages)
 
-    with run.swa.averaged():
+    with run.swa.averaged(run.model):
         assert same(whole(run.model.parameters()), averages)
     assert same(run.end()[0], weights)
     # All ranks hold the same average.
