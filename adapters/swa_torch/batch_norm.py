@@ -23,6 +23,7 @@ from swa_torch.pooling_across_ranks import (
     group_of,
     is_group,
     own_forward,
+    reshard,
 )
 from swa_torch.preserving import Buffers, preserved
 
@@ -82,6 +83,7 @@ def update_bn(
     >>> layer.running_mean, layer.running_var
     (tensor([4.]), tensor([18.5000]))
     """
+    reshard(model)
     ranks = Ranks(_chosen(group, model), model)
     with preserved(model, data), ExitStack() as undo:
         layers: dict[str, _BatchNorm] = {}

@@ -123,16 +123,17 @@ class Ranks:
                 hint="pass one batch through the model first.",
             )
         sizes = [(name, layer.num_features) for name, layer in layers.items()]
-        header = [fault is not None, zlib.crc32(repr(sizes).encode()), _length(data)]
-        headers = self._gather(torch.tensor(header, dtype=torch.float64)).tolist()
+        length = _length(data) if self.is_lockstep else -1
+        header = [fault is not None, zlib.crc32(repr(sizes).encode()), length]
+        headers = self._gather(torch.tensor(header, dtype=torch.float64), fault).tolist()
         self._raise_faults(fault, [row[0] for row in headers])
         if any(row[1] != headers[0][1] for row in headers):
             raise BatchNormError(
                 "the ranks would update different layers.",
                 hint="pass the same model, wrapped, frozen and in training alike, on every rank.",
             )
-        lengths = {int(row[2]) for row in headers}
-        if self.is_lockstep and len(lengths) > 1:
+        lengths = {int(row[2]) for row in headers if row[2] >= 0}
+        if len(lengths) > 1:
             raise BatchNormError(
                 f"the weights are sharded, and the ranks have {sorted(lengths)} batches: those "
                 "with more would wait for the others for ever.",
@@ -155,14 +156,16 @@ class Ranks:
         """
         if self.group is None:
             return n_batches
+        device = next(iter(pools)).running_mean.device
         sizes = [layer.num_features for layer in pools for _ in range(2)]
         head = [float(fault is not None), float(n_batches)]
         for pool in pools.values():
             head += [pool.count, pool.batches, pool.is_fixed]
         columns = [column for pool in pools.values() for column in (pool.mean, pool.squares)]
         # A layer that saw nothing has no columns yet.
-        wide = [c.to("cpu", torch.float64).expand(n) for c, n in zip(columns, sizes, strict=True)]
-        rows = self._gather(torch.cat([torch.tensor(head, dtype=torch.float64), *wide]))
+        wide = [c.to(device, torch.float64).expand(n) for c, n in zip(columns, sizes, strict=True)]
+        own = torch.cat([torch.tensor(head, dtype=torch.float64, device=device), *wide])
+        rows = self._gather(own, fault)
         heads = rows[:, : len(head)].tolist()
         self._raise_faults(fault, [head[0] for head in heads])
         for pool in pools.values():
@@ -186,15 +189,20 @@ class Ranks:
                 hint="see the error there.",
             )
 
-    def _gather(self, row: Tensor) -> Tensor:
-        """What each rank says [ranks, values], on the CPU."""
+    def _gather(self, row: Tensor, fault: Exception | None) -> Tensor:
+        """What each rank says [ranks, values], where ``row`` is."""
         # Gloo and MPI talk CPU, whatever else they can; NCCL the accelerator alone.
         backend = dist.get_backend(self.group)
-        if "gloo" not in backend and "mpi" not in backend:
-            row = row.to(torch.accelerator.current_accelerator())
-        rows = [torch.empty_like(row) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(rows, row, group=self.group)
-        return torch.stack(rows).cpu()
+        on_host = "gloo" in backend or "mpi" in backend
+        said = row.to("cpu" if on_host else torch.accelerator.current_accelerator())
+        rows = [torch.empty_like(said) for _ in range(dist.get_world_size(self.group))]
+        try:
+            dist.all_gather(rows, said, group=self.group)
+        except Exception as error:
+            if fault is not None:
+                raise fault from error  # the first of the two, and perhaps the other's cause
+            raise
+        return torch.stack(rows).to(row.device)
 
 
 @contextmanager
@@ -224,17 +232,19 @@ def own_forward(model: torch.nn.Module) -> Iterator[None]:
                 # In evaluation it does not talk; without statistics it takes those of the batch.
                 module.training = False
                 module.running_mean = module.running_var = None
-        _reshard(model)
         yield
     finally:
         for module, name, value in reversed(changed):
             setattr(module, name, value)
-        _reshard(model)
+        reshard(model)
 
 
-def _reshard(model: torch.nn.Module) -> None:
-    # The root keeps its gathered weights after a forward pass without gradients, and would go on
-    # with them after the sharded ones have changed: on the way into an average, and out of it.
+def reshard(model: torch.nn.Module) -> None:
+    """Drops the gathered weights that modules of ``fully_shard`` hold, if any.
+
+    The root keeps them after a forward pass without gradients, and would go on with them after
+    the sharded ones have changed: on the way into an average, and out of it.
+    """
     for module in model.modules():
         if _is_fully_sharded(module):
             module.reshard()

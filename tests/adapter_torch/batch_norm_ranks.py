@@ -188,13 +188,18 @@ def a_group_of_others(rank):
 @scenario
 def sharded(rank):
     model = network()
-    fully_shard(model[1])
     fully_shard(model)
-    kinds = [type(p).__name__ for p in model.parameters()]
-    update_bn(model, share(rank, (2, 2)))
+    # An evaluation leaves the root's weights gathered, as they were then.
+    with torch.no_grad():
+        sharded = [*model.parameters()]
+        model.eval()(share(0)[0])
+        gathered = any(not hasattr(p, "device_mesh") for p in model.parameters())
+        sharded[2].mul_(-2)  # the first linear layer's
+    update_bn(model, iter(share(rank, (2, 2))))
     return {
         "statistics": statistics(model),
-        "sharded again": [type(p).__name__ for p in model.parameters()] == kinds,
+        "gathered": gathered,
+        "sharded again": all(hasattr(p, "device_mesh") for p in model.parameters()),
     }
 
 

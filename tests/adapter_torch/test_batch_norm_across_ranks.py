@@ -39,9 +39,9 @@ def errors(told):
     return [one["error"] for one in told]
 
 
-def alone(data, make=ranks.network, **options):
+def alone(data):
     """The statistics that one process gets from all of the data."""
-    model = make(**options)
+    model = ranks.network()
     update_bn(model, data)
     return [buffer.flatten() for buffer in model.buffers()]
 
@@ -136,9 +136,13 @@ def test_a_process_outside_the_group_is_told(seen):
 
 def test_sharded_weights(seen):
     told = results(seen["sharded"])
-    assert_pooled(told, alone(ranks.share(0, (2, 2)) + ranks.share(1, (2, 2))))
-    # Else the next forward pass would go on with gathered weights, whatever is swapped in.
+    assert all(one["gathered"] for one in told)
     assert all(one["sharded again"] for one in told)
+    model = ranks.network()
+    with torch.no_grad():
+        model[1].weight.mul_(-2)
+    update_bn(model, ranks.share(0, (2, 2)) + ranks.share(1, (2, 2)))
+    assert_pooled(told, [buffer.flatten() for buffer in model.buffers()])
 
 
 def test_the_first_rank_shows_the_bar(seen):
