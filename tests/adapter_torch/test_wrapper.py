@@ -1,22 +1,19 @@
 """SWA is an optimizer: schedulers, hooks, closures, scalers and copies take it for one."""
 
-import copy
 import gc
 import inspect
-import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 from adapter_torch.training import EVERY_OTHER, averaging, network, same, sgd, train
-from torch.optim import lr_scheduler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
-from swa_core import ConfigError, StructureError, SwappedError, SWAWarning
+from swa_core import ConfigError, StructureError, SWAWarning
 from swa_torch import SWA
 
 
@@ -171,34 +168,6 @@ def test_abilities_of_the_inner_optimizer_are_reached():
     assert "closure" in inspect.signature(optimizer.step).parameters
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "with a scheduler"])
-def test_copies_go_on_counting_by_themselves(how):
-    model, optimizer = averaging()
-    if how == "with a scheduler":
-        lr_scheduler.ConstantLR(optimizer, 1.0)
-    train(model, optimizer, 5)
-    copy_of = copy.deepcopy if how != "pickle" else lambda x: pickle.loads(pickle.dumps(x))
-    twin_model, twin = copy_of((model, optimizer))
-    train(twin_model, twin, 3, seed=1)
-    assert (optimizer.updates, optimizer.n_averaged) == (5, 1)
-    train(model, optimizer, 3, seed=1)
-    for run in (optimizer, twin):
-        assert (run.updates, run.n_averaged) == (8, 3)
-    assert same(model.parameters(), twin_model.parameters())
-    assert same(optimizer.averaged_parameters, twin.averaged_parameters)
-    assert twin.config == optimizer.config
-    # The twin's hooks are its own.
-    train(twin_model, twin.optimizer, 1)
-    assert (optimizer.updates, twin.updates) == (8, 9)
-
-
-def test_copies_inside_averaged_are_refused():
-    model, optimizer = averaging()
-    train(model, optimizer, 4)
-    with optimizer.averaged(), pytest.raises(SwappedError, match="copying"):
-        copy.deepcopy(optimizer)
-
-
 def test_a_wrapper_that_is_gone_counts_no_more():
     model, optimizer = averaging()
     inner = optimizer.optimizer
@@ -210,14 +179,16 @@ def test_a_wrapper_that_is_gone_counts_no_more():
     train(model, inner, 1)
 
 
-def test_the_repr_shows_the_groups():
-    assert repr(averaging()[1]).startswith("SWA (\nParameter Group 0")
-
-
 def test_bad_arguments():
     model = network()
     with pytest.raises(TypeError, match=r"expected a torch\.optim.Optimizer to wrap, got Linear"):
         SWA(model[0], EVERY_OTHER)
+    with pytest.raises(TypeError, match=r"got the class SGD; make one first: SGD\(model\.para"):
+        SWA(torch.optim.SGD, EVERY_OTHER)
+    with pytest.raises(TypeError, match="expected a SWAConfig, a mapping or the path"):
+        SWA(sgd(model), 5)
+    with pytest.raises(ConfigError, match="steps_per_epoch: expected a whole number"):
+        SWA(sgd(model), EVERY_OTHER, steps_per_epoch=2.5)
     with pytest.raises(TypeError, match="wrapped in an SWA already"):
         SWA(SWA(sgd(model), EVERY_OTHER), EVERY_OTHER)
     with pytest.raises(StructureError, match="has no parameters"):
