@@ -25,6 +25,8 @@ def install(session: nox.Session, *packages: str) -> None:
 def tests(session: nox.Session) -> None:
     """All tests, in every framework and on every Keras backend (one process for each)."""
     install(session, "--editable", ".[all]", *GROUPS["test"], *GROUPS["ecosystem"])
+    # timm, whose optimizers need none of what it says it needs.
+    install(session, "--no-deps", *GROUPS["bench-alone"])
     env = {"TF_CPP_MIN_LOG_LEVEL": "2"}
     if session.posargs:
         session.run("pytest", *session.posargs, env=env)

@@ -24,7 +24,7 @@ NEEDS = {
 }
 # What the tests of an adapter inside other packages import.
 ECOSYSTEMS = {
-    "torch-ecosystem": ("torch", "lightning", "transformers", "accelerate", "schedulefree"),
+    "torch-ecosystem": ("torch", "lightning", "transformers", "accelerate", "schedulefree", "timm"),
 }
 CHOICES = NEEDS | ECOSYSTEMS
 BACKENDS = ("tensorflow", "jax", "torch")
