@@ -107,7 +107,8 @@ class SWA(Forwarding):
         """
         if closure is not None:
             return self.optimizer.step(closure, **kwargs)
-        return self.optimizer.step(**kwargs)
+        # Passing on nothing by ** would cost as much as the count does.
+        return self.optimizer.step(**kwargs) if kwargs else self.optimizer.step()
 
     # The wrapped step calls the hooks already; torch would put them around this one again.
     step.hooked = True  # type: ignore[attr-defined]

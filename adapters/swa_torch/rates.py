@@ -43,9 +43,10 @@ class Rates:
             base, left = self.base[place], self._left[place]
             if base is None:
                 base = self.base[place] = float(group["lr"])
-            elif left is not None and not _holds(group["lr"], left):
-                self._say()
             rate = float(learning_rate(update, base, self.schedule))
+            # Whoever sets what we set (another SWA of this configuration, say) does not interfere.
+            if left is not None and not (_holds(group["lr"], left) or _holds(group["lr"], rate)):
+                self._say()
             if isinstance(group["lr"], torch.Tensor):
                 # In place: a captured graph reads this very tensor.
                 group["lr"].fill_(rate)

@@ -33,7 +33,7 @@ MORE = {
     "SGD fused momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "fused": True}),
     "Adam fused amsgrad": (torch.optim.Adam, {"fused": True, "amsgrad": True}),
     "RMSprop centered momentum": (torch.optim.RMSprop, {"centered": True, "momentum": 0.5}),
-    "LBFGS strong_wolfe": (torch.optim.LBFGS, {"line_search_fn": "strong_wolfe"}),
+    "LBFGS strong_wolfe": (torch.optim.LBFGS, {"line_search_fn": "strong_wolfe", "max_iter": 2}),
     "Adam lr in a tensor": (torch.optim.Adam, {"lr": torch.tensor(0.01)}),
 }
 # Torch itself refuses the first on a CPU, and the second on leaves; see below.

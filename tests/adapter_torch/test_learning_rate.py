@@ -121,6 +121,25 @@ def test_a_scheduler_that_rests_is_not_complained_of():
     train(model, optimizer, 12)  # a warning would be an error
 
 
+def test_two_averages_that_set_one_rate_do_not_complain_of_each_other():
+    model, optimizer = averaging(config(COSINE), two_groups)
+    twin = SWA(optimizer.optimizer, config(COSINE))
+    alone = averaging(config(COSINE), two_groups)
+    seen = rates_that_made_updates(model, twin, 10)  # a warning would be an error
+    assert seen == rates_that_made_updates(*alone, 10)
+
+
+def test_two_averages_that_set_different_rates_say_so():
+    model, optimizer = averaging(config(COSINE))
+    SWA(optimizer.optimizer, config(LINEAR))  # is gone at once, and sets nothing
+    other = SWA(optimizer.optimizer, config(LINEAR))
+    with pytest.warns(SWAWarning, match="something else sets the learning rate") as said:
+        seen = rates_that_made_updates(model, optimizer, 10)
+    assert len(said) == 2  # each of the other
+    assert seen[-1] == [0.01]
+    assert other.n_averaged == optimizer.n_averaged == 4
+
+
 def test_rates_in_tensors_are_changed_in_place():
     rate = torch.tensor(0.05)
     model, optimizer = averaging(

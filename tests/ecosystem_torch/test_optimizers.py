@@ -30,9 +30,12 @@ def timm_modules():
     package = types.ModuleType("timm_optim")
     package.__path__ = [f"{place}/optim" for place in found.submodule_search_locations]
     sys.modules[package.__name__] = package
+    strategy = torch.backends.opt_einsum.strategy
     for module in pkgutil.iter_modules(package.__path__, "timm_optim."):
         if module.name.partition(".")[2] not in NOT_OPTIMIZERS:
             yield importlib.import_module(module.name)
+    # One of them sets this for the whole process.
+    torch.backends.opt_einsum.strategy = strategy
 
 
 def optimizers_of(modules, home):
