@@ -320,6 +320,12 @@ def _check_optimizer(optimizer: Any) -> None:
             f"expected an optimizer to wrap, got the class {name}; make one first: "
             f"{name}(model.parameters(), ...)"
         )
+    if hasattr(type(optimizer), "step_was_skipped"):
+        # Its step() is called for every batch and does nothing while gradients accumulate.
+        raise TypeError(
+            f"this {type(optimizer).__name__} skips updates without telling; wrap the optimizer "
+            "before accelerator.prepare() gets it"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}; if it "

@@ -8,6 +8,7 @@ import pkgutil
 import sys
 import types
 
+import accelerate
 import numpy as np
 import pytest
 import schedulefree
@@ -193,3 +194,11 @@ def test_wrappers_that_are_no_optimizers_are_refused_with_advice():
     free = schedulefree.ScheduleFreeWrapper(inner)
     with pytest.raises(TypeError, match="got ScheduleFreeWrapper; if it wraps one, wrap that one"):
         SWA(free, CONFIG)
+
+
+def test_an_optimizer_that_accelerate_has_prepared_is_refused_with_advice():
+    # Its step() is called at every batch, and says nowhere that it did nothing.
+    inner = torch.optim.SGD(network().parameters(), lr=0.1)
+    prepared = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2).prepare(inner)
+    with pytest.raises(TypeError, match=r"AcceleratedOptimizer .*before accelerator.prepare\(\)"):
+        SWA(prepared, CONFIG)
