@@ -24,7 +24,15 @@ NEEDS = {
 }
 # What the tests of an adapter inside other packages import.
 ECOSYSTEMS = {
-    "torch-ecosystem": ("torch", "lightning", "transformers", "accelerate", "schedulefree", "timm"),
+    "torch-ecosystem": (
+        "torch",
+        "lightning",
+        "transformers",
+        "accelerate",
+        "schedulefree",
+        "timm",
+        "sklearn",  # the digits of an example
+    ),
 }
 CHOICES = NEEDS | ECOSYSTEMS
 BACKENDS = ("tensorflow", "jax", "torch")
