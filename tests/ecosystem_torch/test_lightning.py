@@ -353,3 +353,34 @@ def test_the_optimizer_that_a_module_asks_for_is_the_wrapper_too(tmp_path):
     assert same(optimizer.averaged_parameters, average)
     theirs.finalize()
     assert same(module.parameters(), average)
+
+
+def test_two_optimizers_have_two_averages(tmp_path):
+    class Two(Manual):
+        def configure_optimizers(self):
+            first, second = (
+                SWA(torch.optim.SGD(part.parameters(), lr=0.05), {"start": start, "every": "2step"})
+                for part, start in ((self.network[:2], "4step"), (self.network[2:], "5step"))
+            )
+            return [first, second]
+
+        def training_step(self, batch, number):
+            x, y = batch
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(mse_loss(self(x), y))
+                optimizer.step()
+
+    def run(**options):
+        module = Two()
+        trainer = fit(module, tmp_path, every_epoch, **options)
+        averages = [o.averaged_parameters for o in trainer.optimizers]
+        counts = [(o.updates, o.n_averaged) for o in trainer.optimizers]
+        return values([*module.parameters(), *itertools.chain(*averages)]), counts
+
+    every_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
+    weights, counts = run()
+    assert counts == [(24, 11), (24, 10)]
+    resumed, recounts = run(ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert same(resumed, weights)
+    assert recounts == counts
