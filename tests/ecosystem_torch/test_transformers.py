@@ -230,11 +230,12 @@ def test_evaluation_is_on_the_average_and_training_goes_on_as_without(make, tmp_
         def on_evaluate(self, args, state, control, model, metrics, **kwargs):
             self.seen.append((values(model.parameters()), metrics["eval_loss"]))
 
-    options = {"make": make, "schedule": constant, "dropout": 0.0}
-    plain = trainer(tmp_path, **options)
+    options = {"make": make, "schedule": constant, "eval_strategy": "steps", "eval_steps": 6}
+    # Evaluates as often, for what eval() and train() of such an optimizer round.
+    plain = trainer(tmp_path, cls=transformers.Trainer, **options)
     plain.train()
     look = Look()
-    run = trainer(tmp_path, eval_strategy="steps", eval_steps=6, callbacks=[look], **options)
+    run = trainer(tmp_path, callbacks=[look], **options)
     run.train()
     assert same_end(end(run), end(plain))
     weights, loss = look.seen[-1]
