@@ -42,8 +42,8 @@ def library() -> ctypes.CDLL:
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
-            raise NoCompilerError(f"{' '.join(command[:-3])} failed: {said.strip()}") from error
+            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+            raise NoCompilerError(f"{' '.join(command[:-3])} failed: {said}") from error
         return ctypes.CDLL(str(target))
 
 

@@ -63,6 +63,7 @@ def measure(name: str, dtype: str, contender: str, *, tiny: bool) -> Figures:
     from torch_peers import by_name
     from torch_sets import elements, fill, shapes_of
 
+    torch.set_num_threads(1)  # two that wait for each other are slow on a busy machine
     # What the first use of anything loads is no average.
     small = fill(torch.nn.Module(), {"weight": (1,)}, torch.float32)
     by_name(contender).build(small).update()

@@ -84,6 +84,12 @@ class Table:
         """Seconds of a call, the median of the rounds."""
         return {name: statistics.median(all_) / self.calls for name, all_ in self.times.items()}
 
+    def fastest(self) -> dict[str, float]:
+        """The ratio of the fastest rounds, which other work on the machine disturbs the least."""
+        assert self.base is not None
+        least = {name: min(seconds) for name, seconds in self.times.items()}
+        return {name: seconds / least[self.base] for name, seconds in least.items()}
+
     def column(self, heading: str, values: Mapping[str, Any], shown: str) -> None:
         """Adds a column: a value by contender, and the format it is shown in."""
         self._columns[heading] = (values, shown)

@@ -31,9 +31,10 @@ from torch_tables import Bench, skipped_updates, snapshots, swapping
 DTYPES = ("float32", "bfloat16")
 PACKAGES = ("torch", "numpy", "torchcontrib", "timm", "ema-pytorch", "torch-ema", "lightning")
 LEGEND = """\
-x: ratio to the base, median and quartiles of the rounds. average: the dtype it is kept in.
-error: relative, to float64. holds: the average, in copies of the weights in float32; + peak: what
-is resident besides while the call runs; faults: minor page faults of an update."""
+x: ratio to the base, median and quartiles of the rounds; fastest: that of the fastest rounds, which
+other work disturbs the least. average: the dtype it is kept in. error: relative, to float64.
+holds: the average, in copies of the weights in float32; + peak: what is resident besides while the
+call runs; faults: minor page faults of an update."""
 
 
 def measure_memory(bench: Bench, sets: list[str]) -> dict[memory.Request, memory.Figures]:

@@ -84,6 +84,7 @@ def snapshots(bench: Bench, name: str, dtype: str) -> Table:
         dtypes[contender.name] = str(kept).removeprefix("torch.")
         errors[contender.name] = error
     out = Table(bench.title("A snapshot", name, dtype), times, _base(times), absent=bench.absent)
+    out.column("fastest", out.fastest(), "{:.2f}")
     out.column("average", dtypes, "{}")
     out.column("error", errors, "{:.0e}")
     traffic = elements(shapes_of(name, tiny=bench.tiny)) * (8 + getattr(torch, dtype).itemsize)
@@ -129,9 +130,11 @@ def swapping(bench: Bench, name: str) -> Table:
         assert _equal(weights.tensors, averages), f"{who} does not swap the average in"
         each.swap_out()
         assert _equal(weights.tensors, live), f"{who} does not give the weights back"
-    return Table(
+    out = Table(
         bench.title("In and out", name, "float32"), times, _base(times), absent=bench.absent
     )
+    out.column("fastest", out.fastest(), "{:.2f}")
+    return out
 
 
 def skipped_updates(bench: Bench) -> Table:
