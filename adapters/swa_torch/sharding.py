@@ -1,0 +1,108 @@
+"""Sharded parameters: each rank averages the shard it holds, and ranks decide together.
+
+A parameter that is sharded over ranks is a DTensor. All arithmetic runs on its local shard, a plain
+tensor, so a snapshot moves nothing between ranks. Only whether a snapshot is finite is asked of the
+others: every rank sees a part of the weights, and one that left a snapshot out alone would hold
+another average than the rest. Weights that are replicated (plain tensors under
+DistributedDataParallel) need no asking: the gradients were averaged, so every rank sees the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor, of which a rank holds its shard.
+
+    >>> is_sharded(torch.zeros(2))
+    False
+    """
+    # Importing the module takes a second, and without it there are no DTensors.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: the memory itself, not a copy of it.
+
+    Neither autograd nor another rank hears of it.
+
+    Args:
+      tensor: a parameter or an average of any shape; a plain tensor is its own shard.
+
+    >>> weight = torch.zeros(2)
+    >>> local(weight) is weight
+    True
+    """
+    # Not to_local(): with gradients enabled it is recorded, and of a parameter it makes a view.
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+
+
+def like(shard: Tensor, parameter: Tensor) -> Tensor:
+    """A rank's shard as a tensor that is sharded as the parameter is; memory is shared.
+
+    Args:
+      shard: of the shape of ``local(parameter)`` and any dtype.
+      parameter: what it is the average of. If it is a plain tensor, the shard is already whole.
+
+    >>> average = torch.zeros(2, dtype=torch.float64)
+    >>> like(average, torch.zeros(2)) is average
+    True
+    """
+    if not is_sharded(parameter) or is_sharded(shard):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(parameter, DTensor)
+    # With the shape said, it is not guessed from this shard: uneven ones would mislead.
+    return DTensor.from_local(
+        shard.detach(),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def agreed(flag: bool, tensors: Iterable[Tensor]) -> bool:
+    """Whether all ranks that hold a part of these weights say yes.
+
+    One scalar all-reduce for each group of ranks that weights are sharded over: one with
+    fully_shard, none for weights that every rank holds whole. All these ranks have to call it.
+
+    Args:
+      flag: what this rank says.
+      tensors: the weights it is about.
+
+    >>> agreed(True, [torch.zeros(2)])
+    True
+    """
+    for group, device in _groups(tensors):
+        said = torch.tensor(int(flag), device=device)
+        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MIN, group=group)
+        flag = bool(said)
+    return flag
+
+
+def _groups(tensors: Iterable[Tensor]) -> list[tuple[Any, str]]:
+    """The process groups that weights are sharded over, each once, with the device they talk on.
+
+    Along a dimension of the mesh that only replicates, ranks hold the same and decide the same.
+    """
+    groups: dict[int, tuple[Any, str]] = {}
+    for tensor in tensors:
+        if not is_sharded(tensor):
+            continue
+        mesh = tensor.device_mesh  # type: ignore[attr-defined]
+        for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+            if mesh.size(dim) > 1 and not placement.is_replicate():
+                group = mesh.get_group(dim)
+                groups.setdefault(id(group), (group, mesh.device_type))
+    return [*groups.values()]
