@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swa_core.rules import Rule
+from swa_torch.sharding import local
 
 # Half precision passes through a float32 scratch of this many elements (4 MB), and so do weights
 # and averages that change places; what fits in the cache costs no pass over memory.
@@ -65,7 +66,7 @@ class Cohort:
     Attributes:
       positions: where the parameters stand.
       parameters: the parameters themselves, as last seen there.
-      averages: their averages; zeros before the first snapshot.
+      averages: of what this rank holds of each (see ``sharding``); zeros before the first snapshot.
       dtypes: of the parameters when they joined.
       n_averaged: snapshots in the averages.
       total: the sum of the snapshots' weights relative to the newest; see ``swa_core.rules``.
@@ -90,7 +91,7 @@ class Cohort:
     def is_unchanged(self) -> bool:
         """Whether the parameters still are of the shape, dtype and device of their averages."""
         return (
-            [parameter.shape for parameter in self.parameters] == self.shapes
+            [local(parameter).shape for parameter in self.parameters] == self.shapes
             and [parameter.dtype for parameter in self.parameters] == self.dtypes
             and all(
                 parameter.device == average.device
@@ -112,15 +113,16 @@ class Cohort:
         else:
             self.total = 1.0
         self.n_averaged += 1
+        shards = [*map(local, self.parameters)]
         if self.n_averaged == 1:
             if self.averages:
-                torch._foreach_copy_(self.averages, self.parameters)
+                torch._foreach_copy_(self.averages, shards)
             return
         weight = 1.0 / self.total
         averages: list[Tensor] = []
         parameters: list[Tensor] = []
         narrow: list[tuple[Tensor, Tensor]] = []
-        for average, parameter in zip(self.averages, self.parameters, strict=True):
+        for average, parameter in zip(self.averages, shards, strict=True):
             if average.dtype == parameter.dtype:
                 averages.append(average)
                 parameters.append(parameter)
@@ -135,7 +137,7 @@ class Cohort:
 
 def _zeros(parameter: Tensor) -> Tensor:
     return torch.zeros_like(
-        parameter, dtype=accumulator_dtype(parameter.dtype), requires_grad=False
+        local(parameter), dtype=accumulator_dtype(parameter.dtype), requires_grad=False
     ).detach()
 
 

@@ -17,6 +17,7 @@ from swa_core.errors import ConfigError, Fault, StructureError, SWAWarning
 from swa_torch.batch_norm import Statistics, update_bn
 from swa_torch.forwarding import Forwarding
 from swa_torch.running_average import RunningAverage
+from swa_torch.sharding import local
 from swa_torch.state import pack, unpack
 
 
@@ -38,6 +39,12 @@ class SWA(Forwarding):
     Trainable floating-point and complex parameters are averaged, in float32 or wider; frozen ones
     are left alone, and one that is unfrozen later (or a group that is added later) joins with its
     own count. A parameter that has joined stays, also if it is frozen then.
+
+    Weights may be replicated (``DistributedDataParallel``) or sharded (``fully_shard``, tensor
+    parallelism): a rank averages what it holds of them. Whether a snapshot is finite all ranks
+    decide together if weights are sharded, by one scalar all-reduce for each dimension of the mesh
+    that they are sharded over; nothing else is sent. For sharded weights ``averaged()`` and
+    ``finalize()`` need the model.
 
     Args:
       optimizer: the optimizer that trains. It stays usable as it is.
@@ -183,7 +190,7 @@ class SWA(Forwarding):
         the live ones inside the block too.
 
         Args:
-          model: the model, needed with ``bn_data``.
+          model: the model, needed with ``bn_data`` and for sharded weights.
           bn_data: batches for ``update_bn``, to recompute the batch-norm statistics.
 
         Raises:
@@ -196,6 +203,7 @@ class SWA(Forwarding):
         average = self._average
         average.refuse_swapped("averaged()")
         average.warn_if_empty(stacklevel=3)
+        average.drop_whole_copies(model, "averaged()")
         average.swap_in("averaged()")
         try:
             with statistics:
@@ -203,6 +211,7 @@ class SWA(Forwarding):
                     update_bn(model, bn_data)
                 yield
         finally:
+            average.drop_whole_copies(model, "averaged()")
             average.swap_out()
 
     def finalize(
@@ -211,7 +220,7 @@ class SWA(Forwarding):
         """Makes the average the weights for good. Training may go on from there.
 
         Args:
-          model: the model, needed with ``bn_data``.
+          model: the model, needed with ``bn_data`` and for sharded weights.
           bn_data: batches for ``update_bn``, to recompute the batch-norm statistics.
 
         Raises:
@@ -224,11 +233,13 @@ class SWA(Forwarding):
         average = self._average
         average.refuse_swapped("finalize()")
         average.refuse_empty("finalize()")
+        average.drop_whole_copies(model, "finalize()")
         average.swap_in("finalize()")
         try:
             if model is not None and bn_data is not None:
                 update_bn(model, bn_data)
         except BaseException:
+            average.drop_whole_copies(model, "finalize()")
             average.swap_out()
             raise
         average.swap_out(keep=True)
@@ -291,7 +302,7 @@ class SWA(Forwarding):
         with torch.no_grad():
             found = dict(average.positions())
             for position, weights in loaded.live.items():
-                found[position].copy_(weights)
+                local(found[position]).copy_(weights)
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy and pickle. The instance's step, which schedulers put there, stays out.

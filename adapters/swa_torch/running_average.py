@@ -20,6 +20,13 @@ from swa_core.schedule import Schedule
 from swa_torch.cohort import Cohort, Position, Scratch, is_averaged
 from swa_torch.finite import all_finite
 from swa_torch.rates import Rates
+from swa_torch.sharding import (
+    agreed,
+    drop_whole_copies,
+    is_sharded,
+    like,
+    local,
+)
 from swa_torch.stepping import Watch, not_traced, untraced, watchers
 from swa_torch.swap import Swap
 
@@ -127,11 +134,11 @@ class RunningAverage:
             return
         self.join(f"cannot add snapshot {self.n_averaged + 1} at update {self.updates}")
         with torch.no_grad():
-            if self.nonfinite == "skip" and not all_finite(
-                parameter for cohort in self.cohorts for parameter in cohort.parameters
-            ):
-                self.n_skipped += 1
-                return
+            if self.nonfinite == "skip":
+                weights = [weight for cohort in self.cohorts for weight in cohort.parameters]
+                if not agreed(all_finite(map(local, weights)), weights):
+                    self.n_skipped += 1
+                    return
             for cohort in self.cohorts:
                 cohort.add_snapshot(self.rule, self.scratch)
         if self.n_averaged:
@@ -226,10 +233,12 @@ class RunningAverage:
                     hint=_HINT,
                 )
             parameter = found[position]
-            if parameter.shape != average.shape:
+            if local(parameter).shape != average.shape:
+                shard = "a shard of " if is_sharded(parameter) else ""
                 raise StructureError(
-                    f"{doing}: {self.name(position)} has shape {tuple(parameter.shape)}, but the "
-                    f"running average holds {tuple(average.shape)}.",
+                    f"{doing}: {self.name(position)} has {shard}shape "
+                    f"{tuple(local(parameter).shape)}, but the running average holds "
+                    f"{tuple(average.shape)}.",
                     hint=_HINT,
                 )
             if parameter.dtype != dtype:
@@ -258,10 +267,14 @@ class RunningAverage:
         ]
         # A parameter that stands in the groups twice is averaged at its first place.
         shared = {id(p): values[place] for place, p in reversed(places) if place in values}
-        return [values.get(place, shared.get(id(p), p)).detach().clone() for place, p in places]
+        averages = [like(values.get(place, shared.get(id(p), p)), p) for place, p in places]
+        return [average.detach().clone() for average in averages]
 
     def values(self) -> dict[Position, Tensor]:
-        """The averages by position, wherever they stand now; without a snapshot there is none."""
+        """What this rank holds of the averages, by position and wherever they stand now.
+
+        Without a snapshot there is none.
+        """
         held = {
             position: average
             for cohort in self.cohorts
@@ -280,6 +293,11 @@ class RunningAverage:
                 SWAWarning,
                 stacklevel=stacklevel + 1,
             )
+
+    def drop_whole_copies(self, model: torch.nn.Module | None, doing: str) -> None:
+        """Before and after the weights change places; see ``sharding``."""
+        weights = (weight for cohort in self.cohorts for weight in cohort.parameters)
+        drop_whole_copies(model, weights, doing)
 
     def swap_in(self, doing: str) -> Swap:
         """The averages take the place of the weights.

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PLAIN = (torch.nn.Parameter, Tensor)
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a DTensor, of which a rank holds its shard.
@@ -23,6 +25,8 @@ def is_sharded(tensor: Tensor) -> bool:
     >>> is_sharded(torch.zeros(2))
     False
     """
+    if type(tensor) in _PLAIN:
+        return False
     # Importing the module takes a second, and without it there are no DTensors.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -69,6 +73,60 @@ def like(shard: Tensor, parameter: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def shard_of(saved: Tensor, parameter: Tensor) -> Tensor | None:
+    """What this rank holds of a saved tensor if it is sharded as the parameter is; moves nothing.
+
+    Args:
+      saved: of the parameter's shape, whole or sharded.
+      parameter: whose sharding to follow.
+
+    Returns:
+      The shard, perhaps in the memory of ``saved``; None if it stands on other ranks.
+
+    >>> shard_of(torch.ones(2), torch.zeros(2))
+    tensor([1., 1.])
+    """
+    if not is_sharded(parameter):
+        return None if is_sharded(saved) else saved
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if not isinstance(saved, DTensor):
+        # Every rank has the whole and takes its part.
+        return distribute_tensor(saved, mesh, placements, src_data_rank=None)._local_tensor
+    if saved.device_mesh == mesh and saved.placements == placements:
+        return saved._local_tensor
+    return None
+
+
+def drop_whole_copies(model: torch.nn.Module | None, weights: Iterable[Tensor], doing: str) -> None:
+    """Makes the next forward pass gather the weights anew that ``fully_shard`` has sharded.
+
+    Its modules may keep the whole weights of the last forward pass until a backward pass (the
+    outermost one does so by default); whoever changes the shards then would not be heard.
+
+    Args:
+      model: with the modules in question.
+      weights: the parameters that change; if none is sharded, nothing is done.
+      doing: what needs the model, for the message.
+
+    Raises:
+      TypeError: there may be such modules, but no model was given to find them in.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not any(map(is_sharded, weights)):
+        return
+    if model is None:
+        raise TypeError(
+            f"{doing} needs the model of sharded weights: model=... Whole copies of them that a "
+            "forward pass has left in it have to be dropped."
+        )
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def agreed(flag: bool, tensors: Iterable[Tensor]) -> bool:

@@ -22,6 +22,7 @@ from swa_core.errors import StateError, StructureError
 from swa_core.saving import header, read_header
 from swa_torch.cohort import Cohort, Position, accumulator_dtype
 from swa_torch.running_average import RunningAverage, say_dtype
+from swa_torch.sharding import like, local, shard_of
 
 _KEYS = ("swa_average", "swa_live")
 _OTHER = "load it into the model and the parameter groups it was saved with."
@@ -51,9 +52,13 @@ def pack(plain: dict[str, Any], average: RunningAverage) -> dict[str, Any]:
     ids = _ids([len(group["params"]) for group in plain["param_groups"]])
     number = {position: place for place, position in enumerate(ids)}
     entries: dict[int, dict[str, Tensor]] = {}
+    parameters: dict[int, Tensor] = {}
     for cohort in average.cohorts:
-        for position, tensor in zip(cohort.positions, cohort.averages, strict=True):
-            entries[number[position]] = {"swa_average": tensor}
+        members = zip(cohort.positions, cohort.averages, cohort.parameters, strict=True)
+        for position, tensor, parameter in members:
+            place = number[position]
+            entries[place] = {"swa_average": tensor}
+            parameters[place] = parameter
     if average.swap is not None:
         # Copies: at the end of the block the two sides change their memory, and a state that is
         # written to disk only then would name each by the other's name.
@@ -62,7 +67,8 @@ def pack(plain: dict[str, Any], average: RunningAverage) -> dict[str, Any]:
             entries[number[position]] = {"swa_average": tensor.detach().clone(), "swa_live": live}
     state = dict(plain["state"])
     elsewhere = {}
-    for place, tensors in entries.items():
+    for place, shards in entries.items():
+        tensors = {key: like(shard, parameters[place]) for key, shard in shards.items()}
         if state.get(place):
             state[place] = {**state[place], **tensors}
         else:
@@ -233,5 +239,13 @@ def _taken(
             f"{say_dtype(saved.dtype)}.",
             hint=_OTHER,
         )
+    shard = shard_of(saved, parameter)
+    if shard is None:
+        raise StructureError(
+            f"cannot load the saved average: that of {name} was saved in shards of another "
+            "number or kind than the parameter has here.",
+            hint="save and load with torch.distributed.checkpoint, which moves shards.",
+        )
     wanted = dtype if key == "swa_average" else parameter.dtype
-    return torch.empty_like(parameter, dtype=wanted, requires_grad=False).copy_(saved)
+    here = local(parameter)
+    return torch.empty_like(here, dtype=wanted, requires_grad=False).copy_(shard)

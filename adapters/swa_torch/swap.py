@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swa_torch.cohort import Cohort, Position, Scratch, in_pieces
+from swa_torch.sharding import local
 
 
 class Swap:
@@ -24,6 +25,8 @@ class Swap:
         self._scratch = scratch
         self._exchanged: list[tuple[Tensor, Tensor]] = []
         self._kept: list[tuple[Tensor, Tensor]] = []
+        # A shard does not count who writes to it through its parameter; the parameter does.
+        self._watched: list[Tensor] = []
         # Where each side is now, for whoever saves while swapped.
         self.averages: dict[Position, Tensor] = {}
         self.live: dict[Position, Tensor] = {}
@@ -31,9 +34,12 @@ class Swap:
         for cohort in cohorts:
             if not cohort.n_averaged:
                 continue
-            members = zip(cohort.positions, cohort.averages, cohort.parameters, strict=True)
-            for position, average, parameter in members:
+            # Detached: a shard is no leaf, so writing to it must not be asked of autograd.
+            shards = [local(parameter).detach() for parameter in cohort.parameters]
+            members = zip(cohort.positions, cohort.averages, shards, cohort.parameters, strict=True)
+            for position, average, parameter, watched in members:
                 if average.dtype == parameter.dtype:
+                    self._watched.append(watched)
                     self._exchanged.append((average, parameter))
                     self.averages[position], self.live[position] = parameter, average
                 else:
@@ -50,13 +56,17 @@ class Swap:
                 self._restore_kept()
                 self._exchange()
                 raise
-        self._versions = [parameter._version for _, parameter in self._exchanged]
+        self.overlook_writes()
         torch.clear_autocast_cache()
+
+    def overlook_writes(self) -> None:
+        """Takes what was written to the averages in the parameters until now for nobody's."""
+        self._versions = [parameter._version for parameter in self._watched]
 
     @torch.no_grad()
     def undo(self) -> bool:
         """The live weights return. Whether somebody wrote to the averages in their place."""
-        was_written = [parameter._version for _, parameter in self._exchanged] != self._versions
+        was_written = [parameter._version for parameter in self._watched] != self._versions
         self._restore_kept()
         self._exchange()
         torch.clear_autocast_cache()
@@ -65,7 +75,7 @@ class Swap:
     @torch.no_grad()
     def keep(self) -> bool:
         """The averages stay in the parameters for good, and go on as averages too."""
-        was_written = [parameter._version for _, parameter in self._exchanged] != self._versions
+        was_written = [parameter._version for parameter in self._watched] != self._versions
         for average, parameter in self._exchanged:
             average.copy_(parameter)
         return was_written
