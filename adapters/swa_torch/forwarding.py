@@ -7,6 +7,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from swa_torch.flattening import groups_to_find, state_to_find
+
 
 class Forwarding(Optimizer):
     """An optimizer whose groups, state, defaults, hooks and abilities are those of another.
@@ -36,7 +38,7 @@ class Forwarding(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the wrapped optimizer."""
-        return self.optimizer.param_groups
+        return groups_to_find(self.optimizer.param_groups)
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
@@ -45,7 +47,7 @@ class Forwarding(Optimizer):
     @property
     def state(self) -> Any:
         """The state of the wrapped optimizer; the averages are not in it."""
-        return self.optimizer.state
+        return state_to_find(self.optimizer.state)
 
     @state.setter
     def state(self, state: Any) -> None:

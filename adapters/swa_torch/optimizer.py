@@ -15,6 +15,7 @@ from torch import Tensor
 from swa_core import Schedule, SWAConfig
 from swa_core.errors import ConfigError, Fault, StructureError, SWAWarning
 from swa_torch.batch_norm import Statistics, update_bn
+from swa_torch.checkpointing import caller
 from swa_torch.forwarding import Forwarding
 from swa_torch.running_average import RunningAverage
 from swa_torch.sharding import local
@@ -259,15 +260,22 @@ class SWA(Forwarding):
         state then holds the averaged ones. (Batch-norm statistics are the model's alone: save
         outside the block if ``bn_data`` was given.)
 
+        ``torch.distributed.checkpoint`` saves it and loads it again on any number of ranks, by
+        ``get_optimizer_state_dict`` and ``set_optimizer_state_dict``, for which averages are
+        sharded as their parameters are. There it cannot be saved inside ``averaged()``, and a
+        plain optimizer's checkpoint is loaded with ``allow_partial_load=True``.
+
         Raises:
-          SwappedError: inside the ``averaged()`` block of another ``SWA``.
+          SwappedError: inside the ``averaged()`` block of another ``SWA``; inside any, for
+            ``torch.distributed.checkpoint``.
           StructureError: parameters changed in number, shape or dtype.
         """
         self._average.refuse_another("state_dict()")
         if self._average.swap is None:
             self._average.join("state_dict()")
         # The core's, not self.optimizer: in Lightning's subclass of this one that is a wrapper too.
-        return pack(self._average.optimizer.state_dict(), self._average)
+        plain = self._average.optimizer.state_dict()
+        return pack(plain, self._average, caller())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a saved state, bit for bit. Load the model first.

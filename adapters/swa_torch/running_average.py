@@ -17,6 +17,7 @@ from swa_core.config import SWAConfig
 from swa_core.errors import NothingAveragedError, StructureError, SwappedError, SWAWarning
 from swa_core.learning_rate import LRSchedule
 from swa_core.schedule import Schedule
+from swa_torch.checkpointing import is_phantom
 from swa_torch.cohort import Cohort, Position, Scratch, is_averaged
 from swa_torch.finite import all_finite
 from swa_torch.rates import Rates
@@ -65,6 +66,7 @@ class RunningAverage:
         self._has_warned = False
         self._owners = 0
         self._watch: Watch | None = None
+        self._is_phantom = False
         self.reset()
 
     def reset(self) -> None:
@@ -111,6 +113,10 @@ class RunningAverage:
 
     @not_traced
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # While its state is empty, which of most optimizers is so once, and cheap to ask.
+        self._is_phantom = not optimizer.state and is_phantom(optimizer.param_groups)
+        if self._is_phantom:
+            return
         if self.swap is not None:
             raise SwappedError(
                 f"step() after update {self.updates} while the average stands in for the weights: "
@@ -123,6 +129,10 @@ class RunningAverage:
     @not_traced
     def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # All that an update which is no snapshot costs.
+        if self._is_phantom:
+            if self.swap is not None:
+                self.swap.overlook_writes()
+            return
         self.updates += 1
         if self.updates == self._due:
             self._arrive_as_is(self)

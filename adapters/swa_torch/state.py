@@ -5,28 +5,43 @@ ignores. The tensors of a parameter stand beside its other state, as ``state[id]
 (and ``"swa_live"`` while the average stands in for the weights), where tools that move or shard an
 optimizer's state find them - but only where the optimizer has state of its own: Adam and others
 take any entry for a complete one. The rest stands under ``["swa"]["averages"]``.
+
+torch.distributed.checkpoint keeps nothing but ``state`` and ``param_groups``, and loads only what
+stands in the state of a fresh optimizer under the same keys. So for it the counters stand in the
+first group that has parameters, as one string of JSON under "swa" (its parts might differ in
+number), and averages without state beside them under "swa_averages". There they are believed only
+from a state whose parameters have names, as that module gives them: a plain optimizer that was
+handed such a group keeps it as it is, while its own training goes on. With
+flatten_optimizer_state_dict=True the averages all stand in ``state``.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from swa_core.errors import StateError, StructureError
+from swa_core.errors import StateError, StructureError, SwappedError
 from swa_core.saving import header, read_header
+from swa_torch.checkpointing import Caller
 from swa_torch.cohort import Cohort, Position, accumulator_dtype
 from swa_torch.running_average import RunningAverage, say_dtype
 from swa_torch.sharding import like, local, shard_of
 
 _KEYS = ("swa_average", "swa_live")
+_GROUP_KEYS = ("swa", "swa_averages")
 _OTHER = "load it into the model and the parameter groups it was saved with."
 _EARLIER = "load an earlier checkpoint."
+_FROZEN = (
+    "the parameter is frozen, and torch.distributed.checkpoint loads only what a fresh optimizer "
+    "has an average of: unfreeze it, load, and freeze it again."
+)
 
 
 class Loaded(NamedTuple):
@@ -47,9 +62,29 @@ class Loaded(NamedTuple):
     live: dict[Position, Tensor]
 
 
-def pack(plain: dict[str, Any], average: RunningAverage) -> dict[str, Any]:
-    """The wrapped optimizer's state dict with the average put in; ``plain`` is not changed."""
-    ids = _ids([len(group["params"]) for group in plain["param_groups"]])
+def pack(
+    plain: dict[str, Any], average: RunningAverage, asked_by: Caller = Caller.OTHER
+) -> dict[str, Any]:
+    """The wrapped optimizer's state dict with the average put in; ``plain`` is not changed.
+
+    Args:
+      plain: what the wrapped optimizer saves.
+      average: what to put in.
+      asked_by: torch.distributed.checkpoint, or others.
+
+    Raises:
+      SwappedError: for torch.distributed.checkpoint, while the average stands in for the weights.
+    """
+    is_distributed = asked_by is not Caller.OTHER
+    if is_distributed and average.swap is not None:
+        raise SwappedError(
+            "saving through torch.distributed.checkpoint while the average stands in for the "
+            "weights: it has no room for both.",
+            hint="leave the averaged() block first; averaged_state_dict() gives the averaged "
+            "weights at any time.",
+        )
+    groups = [_without(group, _GROUP_KEYS) for group in plain["param_groups"]]
+    ids = _ids([len(group["params"]) for group in groups])
     number = {position: place for place, position in enumerate(ids)}
     entries: dict[int, dict[str, Tensor]] = {}
     parameters: dict[int, Tensor] = {}
@@ -69,11 +104,14 @@ def pack(plain: dict[str, Any], average: RunningAverage) -> dict[str, Any]:
     elsewhere = {}
     for place, shards in entries.items():
         tensors = {key: like(shard, parameters[place]) for key, shard in shards.items()}
-        if state.get(place):
-            state[place] = {**state[place], **tensors}
-        else:
+        # Of a flat state torch takes out what an optimizer has, so there nobody is misled.
+        if has_state := bool(state.get(place)) or asked_by is Caller.FLATTENING:
+            state[place] = {**state.get(place, {}), **tensors}
+        # torch.distributed.checkpoint leaves the state of a frozen parameter out when it loads.
+        is_left_out = asked_by is Caller.SAVING and not parameters[place].requires_grad
+        if not has_state or is_left_out:
             elsewhere[place] = tensors
-    swa = {
+    swa: dict[str, Any] = {
         **header(average.counters(), average.schedule, average.rule),
         "cohorts": [
             {
@@ -85,9 +123,18 @@ def pack(plain: dict[str, Any], average: RunningAverage) -> dict[str, Any]:
         ],
         "swapped": average.swap is not None,
         "base_rates": [] if average.rates is None else list(average.rates.base),
-        "averages": elsewhere,
     }
-    return {**plain, "state": state, "swa": swa}
+    if not is_distributed:
+        swa["averages"] = elsewhere
+        return {**plain, "state": state, "param_groups": groups, "swa": swa}
+    first = next(group for group in groups if group["params"])
+    # What is loaded is merged into what is here; a plain optimizer's state has nothing instead.
+    first["swa"] = "" if asked_by is Caller.LOADING else json.dumps(swa)
+    if elsewhere:
+        first["swa_averages"] = {
+            str(place): tensors["swa_average"] for place, tensors in elsewhere.items()
+        }
+    return {**plain, "state": state, "param_groups": groups}
 
 
 def unpack(saved: Any, average: RunningAverage) -> Loaded:
@@ -99,6 +146,11 @@ def unpack(saved: Any, average: RunningAverage) -> Loaded:
     """
     try:
         sizes = [len(group["params"]) for group in saved["param_groups"]]
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        has_names = all(isinstance(number, str) for number in numbers)
+        if has_names and "state" not in saved:
+            # torch.distributed.checkpoint has lost the state that was empty on its way.
+            saved = {**saved, "state": {}}
         saved["state"].items()
     except (TypeError, KeyError, AttributeError) as error:
         raise StateError(
@@ -106,19 +158,23 @@ def unpack(saved: Any, average: RunningAverage) -> Loaded:
             hint="load what state_dict() returned.",
         ) from error
     _check_sizes(sizes, average)
+    # Numbers, or names if torch.distributed.checkpoint has had the state. One that stands in the
+    # groups twice has its state at its first place.
+    places = {number: place for place, number in reversed([*enumerate(numbers)])}
     beside = {
-        place: {key: entry[key] for key in _KEYS if key in entry}
-        for place, entry in saved["state"].items()
-        if isinstance(entry, Mapping)
+        places[number]: {key: entry[key] for key in _KEYS if key in entry}
+        for number, entry in saved["state"].items()
+        if isinstance(entry, Mapping) and number in places
     }
-    plain = {key: value for key, value in saved.items() if key != "swa"}
+    plain = _without(saved, ("swa",))
     plain["state"] = {
-        place: {key: value for key, value in entry.items() if key not in _KEYS}
-        if beside.get(place)
-        else entry
-        for place, entry in saved["state"].items()
+        number: _without(entry, _KEYS) if isinstance(entry, Mapping) else entry
+        for number, entry in saved["state"].items()
     }
+    plain["param_groups"] = [_without(group, _GROUP_KEYS) for group in saved["param_groups"]]
     swa = saved.get("swa")
+    if swa is None and has_names:
+        swa = _from_groups(saved["param_groups"])
     if swa is None:
         return Loaded(plain, None, [], [], {})
     counters = read_header(swa, average.schedule, average.rule)
@@ -147,16 +203,16 @@ def unpack(saved: Any, average: RunningAverage) -> Loaded:
     ids = _ids(sizes)
     parameters = dict(average.positions())
     cohorts, live = [], {}
-    for n_averaged, total, places in counts:
+    for n_averaged, total, members in counts:
         positions = []
-        for place in places:
+        for place in members:
             if not 0 <= place < len(ids) or ids[place] not in parameters:
                 raise StateError(
                     f"the saved average is damaged: it names a parameter {place}.", hint=_EARLIER
                 )
             positions.append(ids[place])
         averages = []
-        for place, position in zip(places, positions, strict=True):
+        for place, position in zip(members, positions, strict=True):
             found = tensors.get(place, {})
             averages.append(_taken(found, "swa_average", position, parameters, average))
             if is_swapped and n_averaged:
@@ -187,6 +243,25 @@ def _check_cohorts(
                 "cohorts, and should to one.",
                 hint=_EARLIER,
             )
+
+
+def _without(entry: Mapping[Any, Any], keys: tuple[str, ...]) -> dict[Any, Any]:
+    return {key: value for key, value in entry.items() if key not in keys}
+
+
+def _from_groups(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What torch.distributed.checkpoint has kept, as it stands in other states under "swa"."""
+    for group in groups:
+        if not group.get("swa"):
+            continue
+        try:
+            swa = json.loads(group["swa"])
+            averages = group.get("swa_averages", {})
+            held = {int(place): {"swa_average": tensor} for place, tensor in averages.items()}
+            return {**swa, "averages": held}
+        except (TypeError, ValueError, AttributeError) as error:
+            raise StateError(f"the saved average is damaged: {error}.", hint=_EARLIER) from error
+    return None
 
 
 def _ids(sizes: list[int]) -> list[Position]:
@@ -222,8 +297,10 @@ def _taken(
     saved, parameter = found.get(key), parameters[position]
     name = average.name(position)
     if not isinstance(saved, Tensor):
+        is_frozen = not parameter.requires_grad
         raise StateError(
-            f"the saved average is truncated: that of {name} is missing ('{key}').", hint=_EARLIER
+            f"the saved average is truncated: that of {name} is missing ('{key}').",
+            hint=_FROZEN if is_frozen else _EARLIER,
         )
     if saved.shape != parameter.shape:
         raise StructureError(

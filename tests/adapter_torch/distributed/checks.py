@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import os
 
-from adapter_torch.distributed import sharded_checks
+from adapter_torch.distributed import (
+    checkpoint_checks,
+    mesh_checks,
+    sharded_checks,
+    zero_checks,
+)
 
-# By the number of ranks they run on.
-BY_RANKS = {2: sharded_checks.CHECKS, 3: sharded_checks.CHECKS}
+# By the number of ranks they run on. What is saved on two is loaded on one, two and three.
+BY_RANKS = {
+    2: {
+        **checkpoint_checks.SAVING,
+        **checkpoint_checks.LOADING,
+        **checkpoint_checks.CHECKS,
+        **sharded_checks.CHECKS,
+        **zero_checks.CHECKS,
+    },
+    1: checkpoint_checks.LOADING,
+    3: {**checkpoint_checks.LOADING, **sharded_checks.CHECKS},
+    4: mesh_checks.CHECKS,
+}
 
 if __name__ == "__main__":
     from adapter_torch.distributed import rank
