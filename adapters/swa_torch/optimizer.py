@@ -17,6 +17,7 @@ from swa_core.errors import ConfigError, Fault, StructureError, SWAWarning
 from swa_torch.batch_norm import Statistics, update_bn
 from swa_torch.checkpointing import caller
 from swa_torch.forwarding import Forwarding
+from swa_torch.full_state import full_state_dict
 from swa_torch.running_average import RunningAverage
 from swa_torch.sharding import local
 from swa_torch.state import pack, unpack
@@ -174,6 +175,44 @@ class SWA(Forwarding):
             self._average.refuse_another("averaged_parameters")
         self._average.warn_if_empty(stacklevel=2)
         return self._average.read()
+
+    def averaged_state_dict(
+        self, model: torch.nn.Module, *, cpu_offload: bool = False
+    ) -> dict[str, Any]:
+        """The state dict of the model with averaged weights, to save or to load elsewhere.
+
+        The weights keep their dtypes; frozen weights and all buffers are the live model's (so run
+        ``update_bn`` inside ``averaged()`` first, and call this there, if there is batch norm). The
+        names are those of the plain model, whatever DistributedDataParallel, ``torch.compile`` or
+        activation checkpointing wrap around it, and sharded weights are gathered: then all ranks
+        have to call this. Training is not disturbed. Before the first snapshot the live weights
+        are given, and a warning says so once.
+
+        Args:
+          model: the model that this optimizer trains, wrapped or not.
+          cpu_offload: leave the result in the host's memory, and on the first rank alone; the
+            others get an empty dictionary.
+
+        Returns:
+          Tensors in memory of their own, by name, tied weights under each of their names.
+
+        Raises:
+          StructureError: the averages are of another model.
+          SwappedError: before the first snapshot, while the average of another ``SWA`` stands in
+            for the live weights.
+
+        >>> model = torch.nn.Linear(1, 1)
+        >>> sgd = torch.optim.SGD(model.parameters())
+        >>> optimizer = SWA(sgd, {"start": "1step", "every": "1step"})
+        >>> optimizer.step()
+        >>> {name: tensor.shape for name, tensor in optimizer.averaged_state_dict(model).items()}
+        {'weight': torch.Size([1, 1]), 'bias': torch.Size([1])}
+        """
+        if not self._average.n_averaged:
+            self._average.refuse_another("averaged_state_dict()")
+        self._average.warn_if_empty(stacklevel=2)
+        self._average.drop_whole_copies(model, "averaged_state_dict()")
+        return full_state_dict(model, self._average.by_identity(), cpu_offload=cpu_offload)
 
     @contextmanager
     def averaged(

@@ -293,6 +293,16 @@ class RunningAverage:
         }
         return {**held, **self.swap.averages} if self.swap is not None else held
 
+    def by_identity(self) -> dict[int, Tensor]:
+        """What this rank holds of the averages, by the ``id`` of the parameter."""
+        values = self.values()
+        return {
+            id(parameter): values[position]
+            for cohort in self.cohorts
+            for position, parameter in zip(cohort.positions, cohort.parameters, strict=True)
+            if position in values
+        }
+
     def warn_if_empty(self, stacklevel: int) -> None:
         """Says once that what is read are the live weights."""
         if not self.n_averaged and not self._has_warned:

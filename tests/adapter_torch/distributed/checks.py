@@ -6,6 +6,7 @@ import os
 
 from adapter_torch.distributed import (
     checkpoint_checks,
+    full_state_checks,
     mesh_checks,
     sharded_checks,
     zero_checks,
@@ -18,10 +19,11 @@ BY_RANKS = {
         **checkpoint_checks.LOADING,
         **checkpoint_checks.CHECKS,
         **sharded_checks.CHECKS,
+        **full_state_checks.CHECKS,
         **zero_checks.CHECKS,
     },
     1: checkpoint_checks.LOADING,
-    3: {**checkpoint_checks.LOADING, **sharded_checks.CHECKS},
+    3: {**checkpoint_checks.LOADING, **sharded_checks.CHECKS, **full_state_checks.CHECKS},
     4: mesh_checks.CHECKS,
 }
 

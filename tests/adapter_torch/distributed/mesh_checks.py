@@ -118,6 +118,8 @@ def check_shards_of_shards(folder: Path) -> None:
     update(model, optimizer)
     update(model, optimizer)
     assert (optimizer.n_averaged, optimizer.n_skipped) == (4, 1)
+    full = optimizer.averaged_state_dict(model)
+    assert same(full.values(), whole(optimizer.averaged_parameters))
 
 
 def check_replicas_are_saved_and_loaded(folder: Path) -> None:

@@ -198,6 +198,8 @@ def check_training_is_not_disturbed(folder: Path) -> None:
         if optimizer.n_averaged:
             with torch.no_grad(), optimizer.averaged(model):
                 model(x)
+            with torch.no_grad():
+                optimizer.averaged_state_dict(model)
     assert same(whole(plain.parameters()), whole(model.parameters()))
 
 
