@@ -46,7 +46,8 @@ class SWA(Forwarding):
     parallelism): a rank averages what it holds of them. Whether a snapshot is finite all ranks
     decide together if weights are sharded, by one scalar all-reduce for each dimension of the mesh
     that they are sharded over; nothing else is sent. For sharded weights ``averaged()`` and
-    ``finalize()`` need the model.
+    ``finalize()`` need the model. What DeepSpeed's ZeRO stage 3 and
+    FullyShardedDataParallel, the forerunner of ``fully_shard``, leave of parameters is refused.
 
     Args:
       optimizer: the optimizer that trains. It stays usable as it is.
@@ -56,7 +57,7 @@ class SWA(Forwarding):
 
     Raises:
       ConfigError: the configuration has faults or needs a length that was not given.
-      StructureError: the optimizer has no parameters.
+      StructureError: the optimizer has no parameters, or none that can be averaged where they are.
       TypeError: ``optimizer`` is none, or is an ``SWA`` already.
 
     Source:

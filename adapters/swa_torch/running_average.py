@@ -27,6 +27,7 @@ from swa_torch.sharding import (
     is_sharded,
     like,
     local,
+    refuse_pieces,
 )
 from swa_torch.stepping import Watch, not_traced, untraced, watchers
 from swa_torch.swap import Swap
@@ -67,6 +68,8 @@ class RunningAverage:
         self._owners = 0
         self._watch: Watch | None = None
         self._is_phantom = False
+        for position, parameter in self.positions():
+            refuse_pieces(parameter, self.name(position), "cannot average")
         self.reset()
 
     def reset(self) -> None:
@@ -183,6 +186,8 @@ class RunningAverage:
             self.cohorts, self._members, self._waiting = [], [], []
         self._check_numbers(doing)
         found = dict(self.positions())
+        for position, parameter in found.items():
+            refuse_pieces(parameter, self.name(position), doing)
         for cohort in self.cohorts:
             self._check(cohort, found, doing)
         for cohort in self.cohorts:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swa_core.errors import StructureError
+
 _PLAIN = (torch.nn.Parameter, Tensor)
 
 
@@ -127,6 +129,43 @@ def drop_whole_copies(model: torch.nn.Module | None, weights: Iterable[Tensor], 
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
+
+
+def refuse_pieces(parameter: Tensor, name: str, doing: str) -> None:
+    """Refuses a parameter of whose values a rank holds none, or pieces that do not tell of others.
+
+    DeepSpeed's ZeRO stage 3 empties parameters; their values stand in a buffer that its own
+    optimizer trains. FullyShardedDataParallel, the forerunner of ``fully_shard``, flattens them
+    into plain tensors that do not say which ranks hold the rest: ranks could not decide together,
+    nor whole weights be found by name.
+
+    Args:
+      parameter: of the optimizer.
+      name: what to call it.
+      doing: what cannot be done, the beginning of the message.
+
+    Raises:
+      StructureError: it is one of these.
+
+    >>> refuse_pieces(torch.zeros(0), "parameter 0 of group 0", "cannot average")
+    """
+    if parameter.numel() == 0 and hasattr(parameter, "ds_id"):
+        was = tuple(getattr(parameter, "ds_shape", ()))
+        raise StructureError(
+            f"{doing}: {name} is empty here (of shape {was} when whole): DeepSpeed's ZeRO stage 3 "
+            "has moved its values away.",
+            hint=f"train with ZeRO stage 1 or 2, or {_SHARD}",
+        )
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise StructureError(
+            f"{doing}: {name} is a piece of what FullyShardedDataParallel has flattened.",
+            hint=_SHARD,
+        )
+
+
+_SHARD = (
+    "shard with torch.distributed.fsdp.fully_shard, whose parameters are averaged where they are."
+)
 
 
 def agreed(flag: bool, tensors: Iterable[Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,12 @@ from adapter_torch.distributed.training import (
     train,
     whole,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from swa_core import SWAWarning
+from swa_core import StructureError, SWAWarning
 
 
 def mean(snapshots: list[list[torch.Tensor]]) -> list[torch.Tensor]:
@@ -243,6 +244,17 @@ def check_who_writes_to_a_shard_inside_is_told_of(folder: Path) -> None:
     with pytest.warns(SWAWarning, match="were written to"):
         write()
     assert same(whole(model.parameters()), live)
+
+
+def check_what_was_flattened_is_refused(folder: Path) -> None:
+    for keeps_names in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is the forerunner, and slow without a GPU
+            model = FullyShardedDataParallel(
+                network(), use_orig_params=keeps_names, device_id=torch.device("cpu")
+            )
+            with pytest.raises(StructureError, match="FullyShardedDataParallel has flattened"):
+                averaging(model)
 
 
 def check_half_precision(folder: Path) -> None:
