@@ -16,8 +16,6 @@ from typing import Any
 
 from torch import Tensor
 
-from swa_torch.stepping import not_traced
-
 _MODULE = "torch.distributed.checkpoint.state_dict"
 _LOADING = ("set_optimizer_state_dict", "set_state_dict")
 
@@ -31,7 +29,6 @@ class Caller(enum.Enum):
     LOADING = enum.auto()  # set_optimizer_state_dict, which merges a state into the one it gets
 
 
-@not_traced
 def caller() -> Caller:
     """Whether torch.distributed.checkpoint's state-dict functions wait for what is done now.
 
@@ -55,18 +52,14 @@ def caller() -> Caller:
     return found
 
 
-@not_traced
-def is_phantom(groups: list[dict[str, Any]]) -> bool:
-    """Whether a step that begins now is one that only makes state.
+def may_be_phantom(groups: list[dict[str, Any]]) -> bool:
+    """Whether it is worth the time to ask who makes a step: torch has imported that, the rate is 0.
 
     Args:
       groups: of the optimizer.
     """
-    # What costs little first. A rate that an accelerator would have to be asked for is not torch's.
     if _MODULE not in sys.modules:
         return False
-    for group in groups:
-        rate = group.get("lr", 0.0)
-        if (isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0.0:
-            return False
-    return caller() is not Caller.OTHER
+    rate = groups[0].get("lr", 0.0)
+    # One in a tensor is not asked: an accelerator would have to be waited for.
+    return isinstance(rate, Tensor) or rate == 0.0

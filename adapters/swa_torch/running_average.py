@@ -17,7 +17,7 @@ from swa_core.config import SWAConfig
 from swa_core.errors import NothingAveragedError, StructureError, SwappedError, SWAWarning
 from swa_core.learning_rate import LRSchedule
 from swa_core.schedule import Schedule
-from swa_torch.checkpointing import is_phantom
+from swa_torch.checkpointing import Caller, caller, may_be_phantom
 from swa_torch.cohort import Cohort, Position, Scratch, is_averaged
 from swa_torch.finite import all_finite
 from swa_torch.rates import Rates
@@ -94,6 +94,7 @@ class RunningAverage:
         if self._watch is None:
             self._arrive_as_is = untraced(RunningAverage._arrive)
             self._set_rates = untraced(Rates.before_update)
+            self._who_calls = untraced(caller)
             self._watch = Watch(self.optimizer, self._before_update, self._after_update)
 
     def _disconnect(self) -> None:
@@ -104,7 +105,7 @@ class RunningAverage:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks do not travel with an optimizer; whoever restores this connects it anew.
-        left_out = ("_arrive_as_is", "_set_rates")
+        left_out = ("_arrive_as_is", "_set_rates", "_who_calls")
         state = {key: value for key, value in self.__dict__.items() if key not in left_out}
         return {**state, "_owners": 0, "_watch": None}
 
@@ -117,7 +118,11 @@ class RunningAverage:
     @not_traced
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # While its state is empty, which of most optimizers is so once, and cheap to ask.
-        self._is_phantom = not optimizer.state and is_phantom(optimizer.param_groups)
+        self._is_phantom = (
+            not optimizer.state
+            and may_be_phantom(optimizer.param_groups)
+            and self._who_calls() is not Caller.OTHER
+        )
         if self._is_phantom:
             return
         if self.swap is not None:

@@ -47,7 +47,7 @@ def local(tensor: Tensor) -> Tensor:
     True
     """
     # Not to_local(): with gradients enabled it is recorded, and of a parameter it makes a view.
-    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def like(shard: Tensor, parameter: Tensor) -> Tensor:
@@ -168,24 +168,24 @@ _SHARD = (
 )
 
 
-def agreed(flag: bool, tensors: Iterable[Tensor]) -> bool:
+def agreed(flag: bool | Tensor, tensors: Iterable[Tensor]) -> bool:
     """Whether all ranks that hold a part of these weights say yes.
 
     One scalar all-reduce for each group of ranks that weights are sharded over: one with
     fully_shard, none for weights that every rank holds whole. All these ranks have to call it.
 
     Args:
-      flag: what this rank says.
+      flag: what this rank says; as a scalar on its device it is read back once, at the end.
       tensors: the weights it is about.
 
     >>> agreed(True, [torch.zeros(2)])
     True
     """
-    for group, device in _groups(tensors):
-        said = torch.tensor(int(flag), device=device)
-        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MIN, group=group)
-        flag = bool(said)
-    return flag
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for group, device in _groups(tensors):
+            flag = torch.as_tensor(flag, dtype=torch.int32, device=device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=group)
+    return bool(flag)
 
 
 def _groups(tensors: Iterable[Tensor]) -> list[tuple[Any, str]]:

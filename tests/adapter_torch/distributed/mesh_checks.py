@@ -93,33 +93,54 @@ def two_dimensional() -> torch.nn.Module:
     return model
 
 
-def check_shards_of_shards(folder: Path) -> None:
-    def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        for place, parameter in enumerate(model.parameters()):
-            parameter.grad = torch.full_like(parameter, (place + 1) / 8)
-        optimizer.step()
+def by_hand(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for place, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, (place + 1) / 8)
+    optimizer.step()
 
+
+def check_shards_of_shards(folder: Path) -> None:
     model = two_dimensional()
     assert [len(p.placements) for p in model.parameters()] == [2, 2]
     optimizer = averaging(model)
     snapshots = []
     for _ in range(6):
-        update(model, optimizer)
+        by_hand(model, optimizer)
         snapshots.append(whole(model.parameters()))
     averages = optimizer.averaged_parameters
     for average, parameter in zip(averages, model.parameters(), strict=True):
         assert average.placements == parameter.placements
     for average, expected in zip(whole(averages), mean(snapshots[1::2]), strict=True):
         torch.testing.assert_close(average, expected, rtol=2e-6, atol=1e-7)
-    update(model, optimizer)
+    by_hand(model, optimizer)
     # Once along each dimension: what one rank says reaches all.
-    assert collectives(lambda: update(model, optimizer)) == {"c10d.allreduce_": 2}
+    assert collectives(lambda: by_hand(model, optimizer)) == {"c10d.allreduce_": 2}
     spoil(model, (2,))
-    update(model, optimizer)
-    update(model, optimizer)
+    by_hand(model, optimizer)
+    by_hand(model, optimizer)
     assert (optimizer.n_averaged, optimizer.n_skipped) == (4, 1)
     full = optimizer.averaged_state_dict(model)
     assert same(full.values(), whole(optimizer.averaged_parameters))
+
+
+def check_layers_on_meshes_of_their_own(folder: Path) -> None:
+    """Ranks that share no shards hear of each other through those that do."""
+    for spoilt, by in ((0, 2), (1, 3)):
+        both = mesh()
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 5))
+        fully_shard(model[0], mesh=both["outer"])
+        fully_shard(model[1], mesh=both["inner"])
+        optimizer = averaging(model)
+        for _ in range(2):
+            by_hand(model, optimizer)
+        by_hand(model, optimizer)
+        assert collectives(lambda o=optimizer, m=model: by_hand(m, o)) == {"c10d.allreduce_": 2}
+        with torch.no_grad():
+            if dist.get_rank() == by:
+                model[spoilt].weight.to_local()[0, 0] = float("nan")
+        by_hand(model, optimizer)
+        by_hand(model, optimizer)
+        assert (optimizer.n_averaged, optimizer.n_skipped) == (2, 1)
 
 
 def check_replicas_are_saved_and_loaded(folder: Path) -> None:

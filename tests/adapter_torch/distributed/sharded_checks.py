@@ -224,6 +224,7 @@ def check_an_error_inside_restores_every_shard(folder: Path) -> None:
     try:
         with optimizer.averaged(model):
             assert same(whole(model.parameters()), average)
+            assert same(whole(optimizer.averaged_parameters), average)
             raise KeyError
     except KeyError:
         pass
