@@ -60,8 +60,10 @@ class Watch:
             for key in [key for key, hook in hooks.items() if _owner(hook) is _owner(before)]:
                 del hooks[key]
         optimizer._patch_step_function()
-        if _may_nest(optimizer) or getattr(optimizer, "_step_supports_amp_scaling", False):
-            before, after = self._before_all, self._after_all
+        if _may_nest(optimizer):
+            before, after = self._before_outermost, self._after_outermost
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            after = self._after_scaled
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(before),
             optimizer.register_step_post_hook(after),
@@ -73,13 +75,19 @@ class Watch:
             handle.remove()
 
     @not_traced
-    def _before_all(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_outermost(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if _is_outermost(optimizer):
             self._before(optimizer, args, kwargs)
 
     @not_traced
-    def _after_all(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _is_outermost(optimizer) and not getattr(optimizer, "found_inf", False):
+    def _after_outermost(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if _is_outermost(optimizer):
+            self._after_scaled(optimizer, args, kwargs)
+
+    @not_traced
+    def _after_scaled(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # What GradScaler leaves here for the kernel, while it makes this step.
+        if not optimizer.__dict__.get("found_inf"):
             self._after(optimizer, args, kwargs)
 
 

@@ -112,6 +112,14 @@ def test_they_are_found():
 
 
 @pytest.mark.parametrize("name", HERE)
+def test_nothing_stands_between_its_hooks_and_the_count(name):
+    # What is done for optimizers whose step() calls another costs more than the count itself.
+    _, optimizer = made(name, wrapped=True)
+    (hook,) = optimizer.optimizer._optimizer_step_pre_hooks.values()
+    assert hook.__self__ is optimizer._average
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_trains_as_it_would_alone_and_averages_what_it_visits(name):
     plain, alone = made(name, wrapped=False)
     train(plain, alone, 0, 8)
