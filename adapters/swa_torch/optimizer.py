@@ -58,7 +58,8 @@ class SWA(Forwarding):
     Raises:
       ConfigError: the configuration has faults or needs a length that was not given.
       StructureError: the optimizer has no parameters, or none that can be averaged where they are.
-      TypeError: ``optimizer`` is none, or is an ``SWA`` already.
+      TypeError: ``optimizer`` is none (a class of them, say), is an ``SWA`` already, or is one that
+        Accelerate has prepared, whose ``step`` may do nothing without telling.
 
     Source:
       Izmailov et al. 2018, arXiv:1803.05407.
