@@ -37,9 +37,14 @@ class Server:
             text=True,
         )
         assert self.process.stdout.readline() == "ready\n"
+        self.child = None
 
     def start(self, folder, optimizer):
-        """The id of a new process; what it prints is added to a file in the folder."""
+        """Starts a process; what it prints is added to a file in the folder."""
+        if self.child is not None:  # a test has failed
+            self.kill()
+            self.wait()
+        (folder / "output.txt.ended").unlink(missing_ok=True)
         arguments = [f"--checkpoint={folder / 'checkpoint.pt'}", f"--epochs={EPOCHS}"]
         request = {
             "arguments": [*arguments, "--save-every=1"],
@@ -47,11 +52,16 @@ class Server:
             "output": str(folder / "output.txt"),
         }
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
+        self.child = int(self.process.stdout.readline())
+
+    def kill(self):
+        """SIGKILL; until ``wait`` the id is the child's, whether it runs or has ended."""
+        os.kill(self.child, signal.SIGKILL)
 
     def wait(self):
         """How the process ended, as ``os.waitstatus_to_exitcode`` has it."""
         print(file=self.process.stdin, flush=True)
+        self.child = None
         return os.waitstatus_to_exitcode(int(self.process.stdout.readline()))
 
     def close(self):
@@ -76,21 +86,25 @@ def version(path):
     return found.st_ino, found.st_mtime_ns
 
 
-def kill(process, folder, chance, in_the_writing):
-    """Kills after some more checkpoints: at any moment, or when a file is being written."""
+def wait_until(condition, folder, pause):
+    """Looks until something has happened, or the process has ended by itself."""
+    ended, patience = folder / "output.txt.ended", time.monotonic() + 120
+    while not condition() and not ended.exists():
+        assert time.monotonic() < patience, (folder / "output.txt").read_text()
+        time.sleep(pause)
+
+
+def await_moment(folder, chance, in_the_writing):
+    """Waits for some more checkpoints, and then for any moment, or until one is being written."""
     checkpoint, partial = folder / "checkpoint.pt", folder / "checkpoint.pt.partial"
-    ended = folder / "output.txt.ended"
-    for _ in range(chance.randint(1, 8)):
+    for _ in range(chance.randint(1, 6)):
         before = version(checkpoint)
-        while version(checkpoint) == before and not ended.exists():
-            time.sleep(0.0005)
+        wait_until(lambda before=before: version(checkpoint) != before, folder, pause=0.0005)
     if in_the_writing:
         before = version(partial)
-        while version(partial) in (None, before) and not ended.exists():
-            pass
+        wait_until(lambda: version(partial) not in (None, before), folder, pause=0)
     else:
-        time.sleep(chance.uniform(0, 0.01))
-    os.kill(process, signal.SIGKILL)
+        time.sleep(chance.uniform(0, 0.005))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -104,8 +118,9 @@ def test_killed_at_random_moments_it_ends_as_the_uninterrupted_run(optimizer, se
     chance = random.Random(optimizer)
     ends, torn = [], 0
     while not ends or ends[-1] != 0:
-        process = server.start(killed, optimizer)
-        kill(process, killed, chance, in_the_writing=len(ends) % 2 == 0)
+        server.start(killed, optimizer)
+        await_moment(killed, chance, in_the_writing=len(ends) % 2 == 0)
+        server.kill()
         ends.append(server.wait())
         assert ends[-1] in (0, -signal.SIGKILL), (killed / "output.txt").read_text()
         torn += (killed / "checkpoint.pt.partial").exists()
