@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from swa_core.rules import Rule
-from swa_torch.sharding import local
-
-# Half precision passes through a float32 scratch of this many elements (4 MB), and so do weights
-# and averages that change places; what fits in the cache costs no pass over memory.
-SCRATCH_ELEMENTS = 1 << 20
+from swa_torch.home import Home
+from swa_torch.layout import Layout
+from swa_torch.packed import pack
+from swa_torch.scratch import Scratch, elements, in_pieces
+from swa_torch.sharding import is_sharded, local
 
 
 class Position(NamedTuple):
@@ -29,32 +28,18 @@ def is_averaged(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that an average of such weights is kept in: float32 or wider.
+class Batch(NamedTuple):
+    """Averages that are wider than their weights, and room for these in their dtype.
 
-    >>> accumulator_dtype(torch.bfloat16), accumulator_dtype(torch.float64)
-    (torch.float32, torch.float64)
+    Attributes:
+      averages: as many as fit into the scratch.
+      places: of the weights, among those of the cohort.
+      room: the parts of the scratch.
     """
-    if dtype.is_complex:
-        return torch.promote_types(dtype, torch.complex64)
-    return torch.float32 if dtype.itemsize < 4 else dtype
 
-
-class Scratch:
-    """Small memory per device and dtype, reused, so that a snapshot allocates nothing."""
-
-    def __init__(self) -> None:
-        self._pieces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"_pieces": {}}
-
-    def of(self, like: Tensor) -> Tensor:
-        """``SCRATCH_ELEMENTS`` elements of the device and dtype of ``like``."""
-        key = (like.device, like.dtype)
-        if key not in self._pieces:
-            self._pieces[key] = torch.empty(SCRATCH_ELEMENTS, dtype=key[1], device=key[0])
-        return self._pieces[key]
+    averages: list[Tensor]
+    places: list[int]
+    room: list[Tensor]
 
 
 class Cohort:
@@ -65,11 +50,11 @@ class Cohort:
 
     Attributes:
       positions: where the parameters stand.
-      parameters: the parameters themselves, as last seen there.
-      averages: of what this rank holds of each (see ``sharding``); zeros before the first snapshot.
       dtypes: of the parameters when they joined.
       n_averaged: snapshots in the averages.
       total: the sum of the snapshots' weights relative to the newest; see ``swa_core.rules``.
+      home: where the averages live.
+      is_sharded: whether other ranks hold other parts of any parameter.
     """
 
     def __init__(
@@ -79,109 +64,166 @@ class Cohort:
         averages: list[Tensor] | None = None,
         n_averaged: int = 0,
         total: float = 0.0,
+        *,
+        home: Home | None = None,
     ) -> None:
         self.positions = positions
-        self.parameters = parameters
         self.dtypes = [parameter.dtype for parameter in parameters]
-        self.averages = averages if averages is not None else [*map(_zeros, parameters)]
-        self.shapes = [average.shape for average in self.averages]
         self.n_averaged = n_averaged
         self.total = total
+        self.home = Home() if home is None else home
+        self.parameters = parameters
+        self._place(averages)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters themselves, as last seen at their positions."""
+        return self._parameters
+
+    @parameters.setter
+    def parameters(self, parameters: list[Tensor]) -> None:
+        self._parameters = parameters
+        self.is_sharded = any(map(is_sharded, parameters))
+        self._layout = Layout(self.weights())
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """Those of what this rank holds of each (see ``sharding``); zeros before a snapshot.
+
+        They may stand in each other's memory (see ``packed``). What is given instead may be taken
+        over or copied.
+        """
+        return self._averages
+
+    @averages.setter
+    def averages(self, averages: list[Tensor]) -> None:
+        self._place(averages)
+
+    def weights(self) -> list[Tensor]:
+        """What this rank holds of the parameters."""
+        return [*map(local, self._parameters)] if self.is_sharded else self._parameters
+
+    def _place(self, given: Sequence[Tensor] | None) -> None:
+        """Gives the averages their memory: zeros, or the given ones, which may be taken over."""
+        weights = self.weights()
+        packed, self._pieces = pack(weights, self.home)
+        self._averages: list[Tensor] = []
+        # Those of the weights' dtype, and those that are wider, which are not packed.
+        self._alike: list[int] = []
+        self._wider: list[int] = []
+        self._batches: list[Batch] | None = None
+        for place, weight in enumerate(weights):
+            average = packed.get(place)
+            if average is None:
+                average = given[place] if given is not None else self.home.zeros(weight)
+                (self._alike if average.dtype == weight.dtype else self._wider).append(place)
+            elif given is not None:
+                average.copy_(given[place])
+            self._averages.append(average)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whole rows: each view of one would be pickled with all of it. No copies: what is sent to
+        # another process has to live until it is there.
+        packed = {member for piece in self._pieces for member in piece.members}
+        alone = [(place, a) for place, a in enumerate(self.averages) if place not in packed]
+        return {
+            "positions": self.positions,
+            "dtypes": self.dtypes,
+            "n_averaged": self.n_averaged,
+            "total": self.total,
+            "home": self.home,
+            "parameters": self._parameters,
+            "pieces": self._pieces,
+            "alone": dict(alone),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        pieces, averages = state.pop("pieces"), state.pop("alone")
+        for name, value in state.items():
+            setattr(self, name, value)
+        weights = self.weights()
+        for piece in pieces:
+            averages.update(piece.averages(weights))
+        self.averages = [averages[place] for place in range(len(weights))]
 
     def is_unchanged(self) -> bool:
-        """Whether the parameters still are of the shape, dtype and device of their averages."""
-        return (
-            [local(parameter).shape for parameter in self.parameters] == self.shapes
-            and [parameter.dtype for parameter in self.parameters] == self.dtypes
-            and all(
-                parameter.device == average.device
-                for parameter, average in zip(self.parameters, self.averages, strict=True)
-            )
-        )
+        """Whether the parameters still are of the shapes, dtypes and devices that were seen."""
+        return self._layout.holds(self.weights())
 
     def follow_devices(self) -> None:
         """Moves the averages to where their parameters are now."""
-        self.averages = [
-            average.to(parameter.device)
-            for average, parameter in zip(self.averages, self.parameters, strict=True)
-        ]
+        pairs = [*zip(self.averages, self.weights(), strict=True)]
+        if any(average.device != self.home.device_of(weight) for average, weight in pairs):
+            self.averages = [average.to(self.home.device_of(weight)) for average, weight in pairs]
 
-    def add_snapshot(self, rule: Rule, scratch: Scratch) -> None:
-        """The parameters as they are now join the averages."""
+    # A snapshot. First all weights are read, to see whether they are finite, and then averaged: in
+    # the opposite order, because what was read last may still be in the cache.
+
+    def to_check(self, scratch: Scratch, weights: list[Tensor] | None = None) -> Iterator[Tensor]:
+        """The weights, as tensors to be read one after the other: some stand in the scratch.
+
+        Args:
+          scratch: where; who reads them all and changes nothing spares ``add_snapshot`` some work.
+          weights: copies of the parameters beside the averages; None for the parameters.
+        """
+        weights = self.weights() if weights is None else weights
+        scratch.content = None
+        for place in (*reversed(self._wider), *reversed(self._alike)):
+            yield weights[place]
+        for piece in self._pieces:
+            yield piece.gather(weights, scratch)
+
+    def add_snapshot(
+        self, rule: Rule, scratch: Scratch, weights: list[Tensor] | None = None
+    ) -> None:
+        """The parameters as they are now join the averages, or the copies that are given."""
+        weights = self.weights() if weights is None else weights
         if self.n_averaged:
             self.total = float(rule.retain(float(self.n_averaged)) * self.total + 1.0)
         else:
             self.total = 1.0
         self.n_averaged += 1
-        shards = [*map(local, self.parameters)]
         if self.n_averaged == 1:
-            if self.averages:
-                torch._foreach_copy_(self.averages, shards)
-            return
-        weight = 1.0 / self.total
-        averages: list[Tensor] = []
-        parameters: list[Tensor] = []
-        narrow: list[tuple[Tensor, Tensor]] = []
-        for average, parameter in zip(self.averages, shards, strict=True):
-            if average.dtype == parameter.dtype:
-                averages.append(average)
-                parameters.append(parameter)
-            else:
-                narrow.append((average, parameter))
-        if averages:
-            torch._foreach_lerp_(averages, parameters, weight)
-        for averages, parameters, room in in_pieces(narrow, scratch):
-            torch._foreach_copy_(room, parameters)
-            torch._foreach_lerp_(averages, room, weight)
+            self._copy(weights, scratch)
+        else:
+            self._mix(weights, scratch, 1.0 / self.total)
+        scratch.content = None
+
+    def _copy(self, weights: list[Tensor], scratch: Scratch) -> None:
+        for piece in reversed(self._pieces):
+            piece.copy(weights, scratch)
+        if places := [*self._alike, *self._wider]:
+            averages = [self.averages[place] for place in places]
+            torch._foreach_copy_(averages, [weights[place] for place in places])
+
+    def _mix(self, weights: list[Tensor], scratch: Scratch, share: float) -> None:
+        for piece in reversed(self._pieces):
+            piece.mix(weights, scratch, share)
+        if self._alike:
+            averages = [self.averages[place] for place in self._alike]
+            torch._foreach_lerp_(averages, [weights[place] for place in self._alike], share)
+        if self._batches is None:
+            self._batches = [*self._plan(scratch)]
+        for averages, places, room in self._batches:
+            torch._foreach_copy_(room, [weights[place] for place in places])
+            torch._foreach_lerp_(averages, room, share)
+        large = [
+            (self.averages[place], weights[place])
+            for place in self._wider
+            if not _fits(self.averages[place])
+        ]
+        for averages, narrow, room in in_pieces(large, scratch):
+            torch._foreach_copy_(room, narrow)
+            torch._foreach_lerp_(averages, room, share)
+
+    def _plan(self, scratch: Scratch) -> Iterator[Batch]:
+        """What of the wider averages can be prepared: those whose weights need no cutting."""
+        places = [place for place in self._wider if _fits(self.averages[place])]
+        averages = [self.averages[place] for place in places]
+        left = iter(places)
+        for batch, _, room in in_pieces([*zip(averages, averages, strict=True)], scratch):
+            yield Batch(batch, [next(left) for _ in batch], room)
 
 
-def _zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(
-        local(parameter), dtype=accumulator_dtype(parameter.dtype), requires_grad=False
-    ).detach()
-
-
-def in_pieces(
-    pairs: list[tuple[Tensor, Tensor]], scratch: Scratch
-) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
-    """The pairs in batches that fit into the scratch, each with its part of the scratch.
-
-    Large tensors are cut along their first dimensions, so any memory layout will do.
-
-    Args:
-      pairs: an average and a weight of one shape each.
-      scratch: gives room of the average's dtype.
-
-    Yields:
-      Averages, weights and room, three lists of tensors of the same shapes.
-    """
-    kinds = itertools.groupby(pairs, key=lambda pair: (pair[0].device, pair[0].dtype))
-    for _, group in kinds:
-        batch: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-        used = 0
-        for average, weight in _cut(group):
-            size = average.numel()
-            if used and used + size > SCRATCH_ELEMENTS:
-                yield batch
-                batch, used = ([], [], []), 0
-            room = scratch.of(average)[used : used + size].view(average.shape)
-            for tensors, tensor in zip(batch, (average, weight, room), strict=True):
-                tensors.append(tensor)
-            used += size
-        if used:
-            yield batch
-
-
-def _cut(pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    for average, weight in pairs:
-        if average.numel() <= SCRATCH_ELEMENTS:
-            yield average, weight
-            continue
-        rows = SCRATCH_ELEMENTS // (average.numel() // len(average))
-        # A single row that does not fit is cut along its own first dimension.
-        parts = zip(
-            torch.split(average, rows) if rows else average.unbind(),
-            torch.split(weight, rows) if rows else weight.unbind(),
-            strict=True,
-        )
-        yield from parts if rows else _cut(parts)
+def _fits(average: Tensor) -> bool:
+    return average.numel() <= elements(average.device)

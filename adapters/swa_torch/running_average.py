@@ -18,9 +18,11 @@ from swa_core.errors import NothingAveragedError, StructureError, SwappedError, 
 from swa_core.learning_rate import LRSchedule
 from swa_core.schedule import Schedule
 from swa_torch.checkpointing import Caller, caller, may_be_phantom
-from swa_torch.cohort import Cohort, Position, Scratch, is_averaged
+from swa_torch.cohort import Cohort, Position, is_averaged
 from swa_torch.finite import all_finite
+from swa_torch.home import Home
 from swa_torch.rates import Rates
+from swa_torch.scratch import Scratch
 from swa_torch.sharding import (
     agreed,
     drop_whole_copies,
@@ -55,13 +57,18 @@ class RunningAverage:
     """
 
     def __init__(
-        self, optimizer: Optimizer, config: SWAConfig, schedule: Schedule, lr: LRSchedule | None
+        self,
+        optimizer: Optimizer,
+        config: SWAConfig,
+        schedule: Schedule,
+        lr: LRSchedule | None,
     ) -> None:
         self.optimizer = optimizer
         self.schedule = schedule
         self.rule = config.rule
         self.nonfinite = config.nonfinite
         self.rates = None if lr is None else Rates(lr)
+        self.home = Home()
         self.scratch = Scratch()
         self.swap: Swap | None = None
         self._has_warned = False
@@ -150,15 +157,26 @@ class RunningAverage:
         if not self.schedule.is_snapshot(self.updates):
             self.join()
             return
-        self.join(f"cannot add snapshot {self.n_averaged + 1} at update {self.updates}")
+        doing = f"cannot add snapshot {self.n_averaged + 1} at update {self.updates}"
+        self.join(doing)
         with torch.no_grad():
-            if self.nonfinite == "skip":
-                weights = [weight for cohort in self.cohorts for weight in cohort.parameters]
-                if not agreed(all_finite(map(local, weights)), weights):
-                    self.n_skipped += 1
-                    return
-            for cohort in self.cohorts:
-                cohort.add_snapshot(self.rule, self.scratch)
+            is_taken = self.nonfinite == "keep" or self._agreed(
+                all_finite(weights for c in self.cohorts for weights in c.to_check(self.scratch))
+            )
+            if is_taken:
+                for cohort in self.cohorts:
+                    cohort.add_snapshot(self.rule, self.scratch)
+        self._count(is_taken)
+
+    def _agreed(self, is_finite: bool) -> bool:
+        """What all ranks say that hold a part of the weights, by what this one says."""
+        sharded = [w for cohort in self.cohorts if cohort.is_sharded for w in cohort.parameters]
+        return agreed(is_finite, sharded) if sharded else is_finite
+
+    def _count(self, is_taken: bool) -> None:
+        if not is_taken:
+            self.n_skipped += 1
+            return
         if self.n_averaged:
             self.total = float(self.rule.retain(float(self.n_averaged)) * self.total + 1.0)
         else:
@@ -206,7 +224,7 @@ class RunningAverage:
         }
         new = {position: p for position, p in others.items() if p.requires_grad}
         if new:
-            self.cohorts.append(Cohort([*new], [*new.values()]))
+            self.cohorts.append(Cohort([*new], [*new.values()], home=self.home))
         self._waiting = [p for p in others.values() if not p.requires_grad]
         self._members = [[*parameters] for parameters in now]
 

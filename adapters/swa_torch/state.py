@@ -30,7 +30,8 @@ from torch import Tensor
 from swa_core.errors import StateError, StructureError, SwappedError
 from swa_core.saving import header, read_header
 from swa_torch.checkpointing import Caller
-from swa_torch.cohort import Cohort, Position, accumulator_dtype
+from swa_torch.cohort import Cohort, Position
+from swa_torch.packed import apart
 from swa_torch.running_average import RunningAverage, say_dtype
 from swa_torch.sharding import like, local, shard_of
 
@@ -92,7 +93,7 @@ def pack(
         members = zip(cohort.positions, cohort.averages, cohort.parameters, strict=True)
         for position, tensor, parameter in members:
             place = number[position]
-            entries[place] = {"swa_average": tensor}
+            entries[place] = {"swa_average": apart(tensor)}
             parameters[place] = parameter
     if average.swap is not None:
         # Copies: at the end of the block the two sides change their memory, and a state that is
@@ -218,7 +219,7 @@ def unpack(saved: Any, average: RunningAverage) -> Loaded:
             if is_swapped and n_averaged:
                 live[position] = _taken(found, "swa_live", position, parameters, average)
         here = [parameters[position] for position in positions]
-        cohorts.append(Cohort(positions, here, averages, n_averaged, total))
+        cohorts.append(Cohort(positions, here, averages, n_averaged, total, home=average.home))
     _check_cohorts(counts, counters["n_averaged"], tensors)
     return Loaded(plain, counters, cohorts, base_rates, live)
 
@@ -308,8 +309,8 @@ def _taken(
             f"saved one has {tuple(saved.shape)}.",
             hint=_OTHER,
         )
-    dtype = accumulator_dtype(parameter.dtype)
-    if accumulator_dtype(saved.dtype) != dtype:
+    dtype = average.home.dtype_of(parameter.dtype)
+    if not average.home.takes(saved.dtype, parameter.dtype):
         raise StructureError(
             f"cannot load the saved average: {name} has dtype {say_dtype(parameter.dtype)}, whose "
             f"average is kept in {say_dtype(dtype)}, but the saved one is "
@@ -323,6 +324,7 @@ def _taken(
             "number or kind than the parameter has here.",
             hint="save and load with torch.distributed.checkpoint, which moves shards.",
         )
-    wanted = dtype if key == "swa_average" else parameter.dtype
     here = local(parameter)
-    return torch.empty_like(here, dtype=wanted, requires_grad=False).copy_(shard)
+    if key == "swa_average":
+        return average.home.zeros(here).copy_(shard)
+    return torch.empty_like(here, requires_grad=False).copy_(shard)

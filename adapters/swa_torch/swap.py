@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from swa_torch.cohort import Cohort, Position, Scratch, in_pieces
-from swa_torch.sharding import local
+from swa_torch.cohort import Cohort, Position
+from swa_torch.scratch import Scratch, in_pieces
 
 
 class Swap:
@@ -17,11 +17,22 @@ class Swap:
 
     Where both have the same dtype they are exchanged through a small scratch: the average's
     memory holds the live weights meanwhile. A half-precision parameter cannot hold its float32
-    average, so a copy of it is kept instead and the average stays where it is. The parameters
-    keep their memory, so whoever else holds it (CUDA graphs, compiled code) sees the change.
+    average, so a copy of it is kept instead and the average stays where it is; likewise any that
+    is narrower than its average or elsewhere. The parameters keep their memory, so whoever else
+    holds it (CUDA graphs, compiled code) sees the change.
+
+    Args:
+      cohorts: what changes places; those without a snapshot are left alone.
+      scratch: for what is exchanged.
+      room: gives memory for copies of a cohort's weights, if all of them are to be kept as copies.
     """
 
-    def __init__(self, cohorts: Iterable[Cohort], scratch: Scratch) -> None:
+    def __init__(
+        self,
+        cohorts: Iterable[Cohort],
+        scratch: Scratch,
+        room: Callable[[Cohort], list[Tensor]] | None = None,
+    ) -> None:
         self._scratch = scratch
         self._exchanged: list[tuple[Tensor, Tensor]] = []
         self._kept: list[tuple[Tensor, Tensor]] = []
@@ -34,18 +45,22 @@ class Swap:
         for cohort in cohorts:
             if not cohort.n_averaged:
                 continue
+            rooms = [None] * len(cohort.averages) if room is None else room(cohort)
             # Detached: a shard is no leaf, so writing to it must not be asked of autograd.
-            shards = [local(parameter).detach() for parameter in cohort.parameters]
-            members = zip(cohort.positions, cohort.averages, shards, cohort.parameters, strict=True)
-            for position, average, parameter, watched in members:
-                if average.dtype == parameter.dtype:
+            weights = [weight.detach() for weight in cohort.weights()]
+            members = zip(
+                cohort.positions, cohort.averages, weights, rooms, cohort.parameters, strict=True
+            )
+            for position, average, weight, kept, watched in members:
+                is_alike = average.dtype == weight.dtype and average.device == weight.device
+                if kept is None and is_alike:
                     self._watched.append(watched)
-                    self._exchanged.append((average, parameter))
-                    self.averages[position], self.live[position] = parameter, average
+                    self._exchanged.append((average, weight))
+                    self.averages[position], self.live[position] = weight, average
                 else:
-                    narrow.append((average, parameter))
-                    kept = parameter.detach().clone()
-                    self._kept.append((kept, parameter))
+                    narrow.append((average, weight))
+                    kept = weight.clone() if kept is None else kept.copy_(weight)
+                    self._kept.append((kept, weight))
                     self.averages[position], self.live[position] = average, kept
         with torch.no_grad():
             self._exchange()

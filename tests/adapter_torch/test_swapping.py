@@ -12,7 +12,7 @@ from swa_core import (
     SwappedError,
     SWAWarning,
 )
-from swa_torch import SWA, cohort, swap
+from swa_torch import SWA, scratch, swap
 
 
 def trained(updates=7, **kwargs):
@@ -46,7 +46,7 @@ def test_weights_return_whatever_is_raised(error):
 
 
 def test_large_and_half_precision_weights_swap(monkeypatch):
-    monkeypatch.setattr(cohort, "SCRATCH_ELEMENTS", 10)  # so that every matrix is cut
+    monkeypatch.setattr(scratch, "SCRATCH_ELEMENTS", 10)  # so that every matrix is cut
     torch.manual_seed(0)
     weights = [
         torch.nn.Parameter(torch.randn(7, 3)),
@@ -69,7 +69,7 @@ def test_large_and_half_precision_weights_swap(monkeypatch):
 
 
 def test_a_swap_that_is_interrupted_is_taken_back(monkeypatch):
-    monkeypatch.setattr(cohort, "SCRATCH_ELEMENTS", 10)
+    monkeypatch.setattr(scratch, "SCRATCH_ELEMENTS", 10)
     model, optimizer = trained()
     live, average = values(model.parameters()), optimizer.averaged_parameters
     exchange, calls = swap._exchange, []
