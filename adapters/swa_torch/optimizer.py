@@ -18,6 +18,7 @@ from swa_torch.batch_norm import Statistics, update_bn
 from swa_torch.checkpointing import caller
 from swa_torch.forwarding import Forwarding
 from swa_torch.full_state import full_state_dict
+from swa_torch.home import Home
 from swa_torch.running_average import RunningAverage
 from swa_torch.sharding import local
 from swa_torch.state import pack, unpack
@@ -54,9 +55,21 @@ class SWA(Forwarding):
       config: what to average: a ``SWAConfig``, a mapping, or the path of a file.
       steps_per_epoch: updates per epoch: ``len(loader) // accumulation``.
       total_steps: updates in all: ``epochs * steps_per_epoch``.
+      device: where the averages live: None for each beside its parameter, or ``"cpu"``. Then
+        weights on an accelerator are copied to the host at a snapshot (on CUDA by a stream of its
+        own, into one pinned copy of the model's size, whose allocator rounds up to a power of two)
+        and averaged there in a thread while training goes on. The next snapshot, and whatever
+        reads the average, waits for that; what fails there is raised then. The average takes no
+        memory of the device, also not while it stands in for the weights.
+      dtype: what averages are kept in at least: ``torch.float32`` (by default) or
+        ``torch.float64``, also by name; those of wider weights are as wide as these. Float64
+        averages of float32 weights take twice the memory of the weights, and once more while they
+        stand in for them. A saved average of the weights' own width is widened when it is loaded;
+        a wider one than this is refused, because it would lose what it holds.
 
     Raises:
       ConfigError: the configuration has faults or needs a length that was not given.
+      ValueError: another ``device`` or ``dtype``.
       StructureError: the optimizer has no parameters, or none that can be averaged where they are.
       TypeError: ``optimizer`` is none (a class of them, say), is an ``SWA`` already, or is one that
         Accelerate has prepared, whose ``step`` may do nothing without telling.
@@ -80,8 +93,11 @@ class SWA(Forwarding):
         *,
         steps_per_epoch: int | None = None,
         total_steps: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
         _check_optimizer(optimizer)
+        home = Home.of(device, dtype)
         config = SWAConfig.of(config)
         lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
         schedule = config.schedule(**lengths)
@@ -96,7 +112,7 @@ class SWA(Forwarding):
             raise ConfigError([fault], source="the configuration")
         super().__init__(optimizer)
         self.config = config
-        self._average = RunningAverage(optimizer, config, schedule, lr)
+        self._average = RunningAverage(optimizer, config, schedule, lr, home)
         self._average.connect(self)
 
     # Training.
@@ -155,11 +171,13 @@ class SWA(Forwarding):
     @property
     def n_averaged(self) -> int:
         """Snapshots in the average. A group that was added later has fewer."""
+        self._average.settle()
         return self._average.n_averaged
 
     @property
     def n_skipped(self) -> int:
         """Snapshots left out because they held NaN or Inf."""
+        self._average.settle()
         return self._average.n_skipped
 
     @property
@@ -173,7 +191,7 @@ class SWA(Forwarding):
           SwappedError: before the first snapshot, while the average of another ``SWA`` stands in
             for the live weights.
         """
-        if not self._average.n_averaged:
+        if not self.n_averaged:
             self._average.refuse_another("averaged_parameters")
         self._average.warn_if_empty(stacklevel=2)
         return self._average.read()
@@ -210,7 +228,7 @@ class SWA(Forwarding):
         >>> {name: tensor.shape for name, tensor in optimizer.averaged_state_dict(model).items()}
         {'weight': torch.Size([1, 1]), 'bias': torch.Size([1])}
         """
-        if not self._average.n_averaged:
+        if not self.n_averaged:
             self._average.refuse_another("averaged_state_dict()")
         self._average.warn_if_empty(stacklevel=2)
         self._average.drop_whole_copies(model, "averaged_state_dict()")

@@ -21,6 +21,7 @@ from swa_torch.checkpointing import Caller, caller, may_be_phantom
 from swa_torch.cohort import Cohort, Position, is_averaged
 from swa_torch.finite import all_finite
 from swa_torch.home import Home
+from swa_torch.host import Host
 from swa_torch.rates import Rates
 from swa_torch.scratch import Scratch
 from swa_torch.sharding import (
@@ -62,13 +63,15 @@ class RunningAverage:
         config: SWAConfig,
         schedule: Schedule,
         lr: LRSchedule | None,
+        home: Home,
     ) -> None:
         self.optimizer = optimizer
         self.schedule = schedule
         self.rule = config.rule
         self.nonfinite = config.nonfinite
         self.rates = None if lr is None else Rates(lr)
-        self.home = Home()
+        self.home = home
+        self.host = None if home.device is None else Host()
         self.scratch = Scratch()
         self.swap: Swap | None = None
         self._has_warned = False
@@ -81,6 +84,8 @@ class RunningAverage:
 
     def reset(self) -> None:
         """As before the first update."""
+        if self.host is not None:
+            self.host.drop()
         self.updates = self.n_averaged = self.n_skipped = 0
         self.total = 0.0
         self.cohorts: list[Cohort] = []
@@ -111,6 +116,7 @@ class RunningAverage:
             self._watch = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self.settle()
         # Hooks do not travel with an optimizer; whoever restores this connects it anew.
         left_out = ("_arrive_as_is", "_set_rates", "_who_calls")
         state = {key: value for key, value in self.__dict__.items() if key not in left_out}
@@ -153,12 +159,17 @@ class RunningAverage:
             self._arrive_as_is(self)
 
     def _arrive(self) -> None:
+        self.settle()
         self._due = self.schedule.next_after(self.updates)
         if not self.schedule.is_snapshot(self.updates):
             self.join()
             return
         doing = f"cannot add snapshot {self.n_averaged + 1} at update {self.updates}"
         self.join(doing)
+        if self.host is not None and self.host.is_needed(self.cohorts):
+            agreed = self._agreed if self.nonfinite == "skip" else None
+            self.host.begin(self.cohorts, self.rule, self.scratch, doing, agreed)
+            return
         with torch.no_grad():
             is_taken = self.nonfinite == "keep" or self._agreed(
                 all_finite(weights for c in self.cohorts for weights in c.to_check(self.scratch))
@@ -183,6 +194,15 @@ class RunningAverage:
             self.total = 1.0
         self.n_averaged += 1
 
+    def settle(self) -> None:
+        """Waits for the snapshot that is being averaged on the host, if there is one.
+
+        Raises:
+          SWAError: it failed.
+        """
+        if self.host is not None and self.host.is_busy():
+            self._count(self.host.result())
+
     # The parameters: who is averaged, and whether they still are what they were.
 
     def join(self, doing: str = "cannot average") -> None:
@@ -195,6 +215,7 @@ class RunningAverage:
           StructureError: parameters are gone, were added to a known group, or have another shape
             or dtype. Nothing is changed then.
         """
+        self.settle()
         now = [group["params"] for group in self.optimizer.param_groups]
         if (
             [*map(len, now)] == [*map(len, self._members)]
@@ -313,6 +334,7 @@ class RunningAverage:
 
         Without a snapshot there is none.
         """
+        self.settle()
         held = {
             position: average
             for cohort in self.cohorts
@@ -333,6 +355,7 @@ class RunningAverage:
 
     def warn_if_empty(self, stacklevel: int) -> None:
         """Says once that what is read are the live weights."""
+        self.settle()
         if not self.n_averaged and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -356,7 +379,9 @@ class RunningAverage:
         """
         self.refuse_swapped(doing)
         self.join(doing)
-        self.swap = Swap(self.cohorts, self.scratch)
+        host = self.host
+        room = host.room if host is not None and host.is_needed(self.cohorts) else None
+        self.swap = Swap(self.cohorts, self.scratch, room)
         return self.swap
 
     def swap_out(self, *, keep: bool = False) -> None:
@@ -394,6 +419,7 @@ class RunningAverage:
 
     def refuse_empty(self, doing: str) -> None:
         """Raises ``NothingAveragedError`` before the first snapshot."""
+        self.settle()
         if not self.n_averaged:
             skipped = f", {self.n_skipped} left out as not finite" if self.n_skipped else ""
             raise NothingAveragedError(
@@ -406,6 +432,7 @@ class RunningAverage:
 
     def counters(self) -> SWAState:
         """What is counted, in the core's form, without the arrays."""
+        self.settle()
         return SWAState(self.updates, self.n_averaged, self.n_skipped, self.total, None)
 
     def restore(self, counters: dict[str, Any], cohorts: list[Cohort]) -> None:
