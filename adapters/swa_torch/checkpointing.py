@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-_MODULE = "torch.distributed.checkpoint.state_dict"
+MODULE = "torch.distributed.checkpoint.state_dict"
 _LOADING = ("set_optimizer_state_dict", "set_state_dict")
 
 
@@ -36,11 +36,11 @@ def caller() -> Caller:
     <Caller.OTHER: 1>
     """
     found = Caller.OTHER
-    if _MODULE not in sys.modules:
+    if MODULE not in sys.modules:
         return found
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__") == _MODULE:
+        if frame.f_globals.get("__name__") == MODULE:
             if frame.f_code.co_name in _LOADING:
                 return Caller.LOADING
             options = frame.f_locals.get("info")
@@ -58,7 +58,7 @@ def may_be_phantom(groups: list[dict[str, Any]]) -> bool:
     Args:
       groups: of the optimizer.
     """
-    if _MODULE not in sys.modules:
+    if MODULE not in sys.modules:
         return False
     rate = groups[0].get("lr", 0.0)
     # One in a tensor is not asked: an accelerator would have to be waited for.

@@ -6,6 +6,7 @@ import operator
 import warnings
 import weakref
 from collections.abc import Iterator
+from sys import modules
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from swa_core.config import SWAConfig
 from swa_core.errors import NothingAveragedError, StructureError, SwappedError, SWAWarning
 from swa_core.learning_rate import LRSchedule
 from swa_core.schedule import Schedule
-from swa_torch.checkpointing import Caller, caller, may_be_phantom
+from swa_torch.checkpointing import MODULE, Caller, caller, may_be_phantom
 from swa_torch.cohort import Cohort, Position, is_averaged
 from swa_torch.finite import all_finite
 from swa_torch.home import Home
@@ -130,14 +131,14 @@ class RunningAverage:
 
     @not_traced
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._is_phantom = False
         # While its state is empty, which of most optimizers is so once, and cheap to ask.
-        self._is_phantom = (
-            not optimizer.state
-            and may_be_phantom(optimizer.param_groups)
-            and self._who_calls() is not Caller.OTHER
-        )
-        if self._is_phantom:
-            return
+        if not optimizer.state and MODULE in modules:
+            self._is_phantom = (
+                may_be_phantom(optimizer.param_groups) and self._who_calls() is not Caller.OTHER
+            )
+            if self._is_phantom:
+                return
         if self.swap is not None:
             raise SwappedError(
                 f"step() after update {self.updates} while the average stands in for the weights: "
