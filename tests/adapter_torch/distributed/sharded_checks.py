@@ -100,6 +100,29 @@ def check_collectives_of_sharded_weights(folder: Path) -> None:
     assert collectives(lambda: whole(model.parameters())[0])
 
 
+def check_shards_are_averaged_on_the_host(folder: Path) -> None:
+    last = dist.get_world_size() - 1
+    for config, at_a_snapshot in ((KEEP, {}), (CONFIG, {"c10d.allreduce_": 1})):
+        came_to = []
+        for device in (None, "cpu"):
+            model = sharded()
+            optimizer = averaging(model, config=config, device=device)
+            if device:
+                # These weights are on the host already: have them copied aside all the same.
+                optimizer._average.host.always = True
+            train(model, optimizer, 0, 5)
+            if config is CONFIG and dist.get_rank() == last:
+                with torch.no_grad():
+                    model[0].weight.to_local().view(-1)[-1:] = float("nan")
+            backward(model, optimizer, 5)
+            assert collectives(optimizer.step) == at_a_snapshot
+            counts = (optimizer.n_averaged, optimizer.n_skipped)
+            assert counts == ((3, 0) if config is KEEP else (2, 1))
+            with optimizer.averaged(model):
+                came_to.append([*whole(model.parameters()), *whole(optimizer.averaged_parameters)])
+        assert same(*came_to)
+
+
 def check_collectives_of_replicated_weights(folder: Path) -> None:
     for config in (KEEP, CONFIG):
         model = DistributedDataParallel(network())
