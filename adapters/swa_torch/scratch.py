@@ -62,19 +62,30 @@ def in_pieces(
     kinds = itertools.groupby(pairs, key=lambda pair: (pair[0].device, pair[0].dtype))
     for (device, dtype), group in kinds:
         limit = elements(device)
-        batch: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        averages: list[Tensor] = []
+        weights: list[Tensor] = []
+        sizes: list[int] = []
         used = 0
         for average, weight in _cut(group, limit):
             size = average.numel()
             if used and used + size > limit:
-                yield batch
-                batch, used = ([], [], []), 0
-            room = laid_out(scratch.of(device, dtype)[used : used + size], average)
-            for tensors, tensor in zip(batch, (average, weight, room), strict=True):
-                tensors.append(tensor)
+                yield averages, weights, _rooms(averages, sizes, scratch.of(device, dtype))
+                averages, weights, sizes, used = [], [], [], 0
+            averages.append(average)
+            weights.append(weight)
+            sizes.append(size)
             used += size
         if used:
-            yield batch
+            yield averages, weights, _rooms(averages, sizes, scratch.of(device, dtype))
+
+
+def _rooms(averages: list[Tensor], sizes: list[int], row: Tensor) -> list[Tensor]:
+    # Cutting the row at once costs less than taking slices of it.
+    rooms = torch.split(row[: sum(sizes)], sizes)
+    return [
+        room if average.dim() == 1 else laid_out(room, average)
+        for room, average in zip(rooms, averages, strict=True)
+    ]
 
 
 def laid_out(row: Tensor, like: Tensor) -> Tensor:
