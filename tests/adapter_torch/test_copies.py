@@ -97,9 +97,9 @@ def test_copies_inside_averaged_are_refused():
             make_copy(optimizer)
 
 
-def goes_on(model, optimizer, pipe):
+def goes_on(model, optimizer, pipe, threads):
     """In another process: trains on, and tells of what came out as plain numbers."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # sums come out alike where they are cut alike
     train(model, optimizer, 4, seed=1)
     train(model, optimizer.optimizer, 1, seed=2)
     told = [optimizer.updates, optimizer.n_averaged, optimizer.n_skipped]
@@ -114,7 +114,7 @@ def test_another_process_goes_on_with_it_and_leaves_this_average_alone():
     ours, theirs = multiprocessing.Pipe()
     # Torch sends tensors by sharing their memory: the weights are those of both processes then.
     process = multiprocessing.get_context("spawn").Process(
-        target=goes_on, args=(model, optimizer, theirs)
+        target=goes_on, args=(model, optimizer, theirs, torch.get_num_threads())
     )
     process.start()
     theirs.close()
