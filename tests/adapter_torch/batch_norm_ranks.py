@@ -33,12 +33,14 @@ def share(rank, counts=(1, 3)):
     """The batches of a rank: ragged ones, and not as many as the other has."""
     generator = torch.Generator().manual_seed(rank)
     sizes = (7, 16, 5)[: counts[rank]]
-    return [torch.randn(n, 3, generator=generator) * (rank + 1) + n for n in sizes]
+    draws = [torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in sizes]
+    return [draw * (rank + 1) + n for n, draw in zip(sizes, draws, strict=True)]
 
 
 def network(norm=nn.BatchNorm1d):
+    """In float64: how float32 rounds between the layers is another process's own affair."""
     torch.manual_seed(3)
-    return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), norm(4), nn.Linear(4, 2))
+    return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), norm(4), nn.Linear(4, 2)).double()
 
 
 def statistics(model):
@@ -86,7 +88,8 @@ def wrapped(rank):
 
 @scenario
 def many_batches_and_layers(rank):
-    model = DistributedDataParallel(nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(9))))
+    layers = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(9))).double()
+    model = DistributedDataParallel(layers)
     with Collectives() as plain:
         model(share(0)[0])
     calls = counted(model, share(rank) * 5, forward=with_gradients)
@@ -108,7 +111,7 @@ def no_batches_at_all(rank):
 @scenario
 def synchronised_layers(rank):
     model = network(nn.SyncBatchNorm)
-    model.append(nn.SyncBatchNorm(2, track_running_stats=False))  # would talk in its forward too
+    model.append(nn.SyncBatchNorm(2, track_running_stats=False, dtype=torch.float64))  # would talk
     model[2].momentum = None
     update_bn(model, share(rank))
     return {

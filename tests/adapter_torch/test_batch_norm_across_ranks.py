@@ -50,8 +50,8 @@ def assert_pooled(told, expected):
     first, second = (result["statistics"] for result in told)
     assert first == second  # to the last bit
     for mine, theirs in zip(first, expected, strict=True):
-        values = torch.tensor([float.fromhex(value) for value in mine])
-        torch.testing.assert_close(values, theirs.float(), rtol=2e-7, atol=1e-6)
+        values = torch.tensor([float.fromhex(value) for value in mine], dtype=torch.float64)
+        torch.testing.assert_close(values, theirs.double(), rtol=1e-12, atol=1e-12)
 
 
 ALL = ranks.share(0) + ranks.share(1)
