@@ -1,4 +1,4 @@
-"""What the README shows runs."""
+"""What the README and the pages of the documentation show runs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,29 @@ from swa_core import ConfigError, SWAConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# ```python adapter  - the word after the language is the adapter that a block needs.
-BLOCKS = re.findall(r"^```python ?(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+# ```python torch  - the word after the language is the adapter, or ecosystem, that a block needs.
+BLOCK = re.compile(r"^```python ?([\w-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = {
+    f"{page.name}-{number}": block
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for number, block in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
+}
 
 
 def test_readme_has_an_example_for_each_adapter():
-    assert {adapter for adapter, _ in BLOCKS} >= {"torch", "keras", "optax"}
+    assert {adapter for adapter, _ in BLOCK.findall(README)} >= {"torch", "keras", "optax"}
 
 
-@pytest.mark.parametrize(("adapter", "code"), BLOCKS, ids=lambda value: value[:8].strip())
-def test_readme_block_runs(request, adapter, code, tmp_path, monkeypatch):
-    if adapter and adapter not in request.config.adapters:
+@pytest.mark.parametrize("name", BLOCKS)
+# Lightning's copy of torch's tree_flatten asks torch for a class under its former name.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning:lightning")
+def test_block_runs(request, name, tmp_path, monkeypatch):
+    adapter, code = BLOCKS[name]
+    if adapter and adapter not in (*request.config.adapters, *request.config.ecosystems):
         pytest.skip(f"{adapter} is not among the chosen adapters")
     (tmp_path / "swa.toml").write_text(toml_block(), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(code, name, "exec"), {"__name__": "readme"})
 
 
 def toml_block():
