@@ -17,15 +17,9 @@ from swa_core.errors import BatchNormError, SWAWarning
 from swa_torch.batches import call, device_of, moved, progress_bar
 from swa_torch.observing import as_in_training, keeps_statistics, observed
 from swa_torch.pooling import Pool
-from swa_torch.pooling_across_ranks import (
-    Ranks,
-    are_distributed,
-    group_of,
-    is_group,
-    own_forward,
-    reshard,
-)
+from swa_torch.pooling_across_ranks import Ranks, group_of, is_group, own_forward
 from swa_torch.preserving import Buffers, preserved
+from swa_torch.sharding import are_distributed, reshard
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swa_core.errors import StructureError
-from swa_torch.sharding import is_sharded, like
+from swa_torch.sharding import are_distributed, is_sharded, like
 
 
 def full_state_dict(
@@ -33,7 +33,7 @@ def full_state_dict(
             "averaged_state_dict(): none of the averages is of a parameter of this model.",
             hint="pass the model whose parameters the optimizer trains.",
         )
-    is_wanted = not cpu_offload or not _is_distributed() or torch.distributed.get_rank() == 0
+    is_wanted = not cpu_offload or not are_distributed() or torch.distributed.get_rank() == 0
     wanted: dict[str, Any] = {}
     whole: dict[int, Tensor] = {}  # tied weights are gathered once, and stay tied
     with torch.no_grad():
@@ -83,7 +83,3 @@ def _is_wrapper(module: Any) -> bool:
     # None is imported for it: a wrapper's module is there if the wrapper is.
     kinds = [getattr(sys.modules.get(place), kind, None) for place, kind in _WRAPPERS]
     return any(kind is not None and isinstance(module, kind) for kind in kinds)
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -16,6 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from swa_core.errors import BatchNormError
 from swa_torch.pooling import Pool
+from swa_torch.sharding import are_distributed, is_fully_sharded, reshard
 
 _NAME_GROUP = "say which processes share the data: update_bn(..., group=...)."
 
@@ -35,7 +36,7 @@ def group_of(model: torch.nn.Module) -> Any:
         return None
     modules = [*model.modules()]
     groups = [_group_of_wrapper(module) for module in modules if _has_group(module)]
-    groups += [_group_of_mesh(module) for module in modules if _is_fully_sharded(module)]
+    groups += [_group_of_mesh(module) for module in modules if is_fully_sharded(module)]
     if not groups:
         syncing = [module for module in modules if isinstance(module, SyncBatchNorm)]
         groups = [layer.process_group or dist.group.WORLD for layer in syncing]
@@ -43,15 +44,6 @@ def group_of(model: torch.nn.Module) -> Any:
     if any(group is not groups[0] for group in groups):
         raise BatchNormError("parts of the model share their data differently.", hint=_NAME_GROUP)
     return groups[0] if groups else None
-
-
-def are_distributed() -> bool:
-    """Whether there is a process group in which others than this process may be.
-
-    >>> are_distributed()
-    False
-    """
-    return dist.is_available() and dist.is_initialized()
 
 
 def is_group(group: Any) -> bool:
@@ -239,22 +231,6 @@ def own_forward(model: torch.nn.Module) -> Iterator[None]:
         reshard(model)
 
 
-def reshard(model: torch.nn.Module) -> None:
-    """Drops the gathered weights that modules of ``fully_shard`` hold, if any.
-
-    The root keeps them after a forward pass without gradients, and would go on with them after
-    the sharded ones have changed: on the way into an average, and out of it.
-    """
-    for module in model.modules():
-        if _is_fully_sharded(module):
-            module.reshard()
-
-
-def _is_fully_sharded(module: Any) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it does not use it
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
-
-
 def _has_group(module: Any) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return isinstance(module, DistributedDataParallel) or (
@@ -263,7 +239,7 @@ def _has_group(module: Any) -> bool:
 
 
 def _is_sharded(module: Any) -> bool:
-    return _is_fully_sharded(module) or (
+    return is_fully_sharded(module) or (
         _has_group(module) and not isinstance(module, DistributedDataParallel)
     )
 

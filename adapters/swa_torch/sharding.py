@@ -19,6 +19,7 @@ from torch import Tensor
 from swa_core.errors import StructureError
 
 _PLAIN = (torch.nn.Parameter, Tensor)
+_FSDP = "torch.distributed.fsdp"
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -118,17 +119,40 @@ def drop_whole_copies(model: torch.nn.Module | None, weights: Iterable[Tensor], 
     Raises:
       TypeError: there may be such modules, but no model was given to find them in.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not any(map(is_sharded, weights)):
+    if _FSDP not in sys.modules or not any(map(is_sharded, weights)):
         return
     if model is None:
         raise TypeError(
             f"{doing} needs the model of sharded weights: model=... Whole copies of them that a "
             "forward pass has left in it have to be dropped."
         )
+    reshard(model)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Drops the whole weights that modules of ``fully_shard`` hold after a forward pass, if any."""
     for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
+        if is_fully_sharded(module):
             module.reshard()
+
+
+def is_fully_sharded(module: Any) -> bool:
+    """Whether ``fully_shard`` has sharded the weights of this module.
+
+    >>> is_fully_sharded(torch.nn.Linear(1, 1))
+    False
+    """
+    fsdp = sys.modules.get(_FSDP)  # who has not imported it does not use it
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def are_distributed() -> bool:
+    """Whether there is a process group in which others than this process may be.
+
+    >>> are_distributed()
+    False
+    """
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def refuse_pieces(parameter: Tensor, name: str, doing: str) -> None:
@@ -181,7 +205,7 @@ def agreed(flag: bool | Tensor, tensors: Iterable[Tensor]) -> bool:
     >>> agreed(True, [torch.zeros(2)])
     True
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if are_distributed():
         for group, device in _groups(tensors):
             flag = torch.as_tensor(flag, dtype=torch.int32, device=device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=group)
