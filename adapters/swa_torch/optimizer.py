@@ -271,8 +271,8 @@ class SWA(Forwarding):
                     update_bn(model, bn_data)
                 yield
         finally:
-            average.drop_whole_copies(model, "averaged()")
             average.swap_out()
+            average.drop_whole_copies(model, "averaged()")
 
     def finalize(
         self, model: torch.nn.Module | None = None, bn_data: Iterable[Any] | None = None
@@ -299,8 +299,8 @@ class SWA(Forwarding):
             if model is not None and bn_data is not None:
                 update_bn(model, bn_data)
         except BaseException:
-            average.drop_whole_copies(model, "finalize()")
             average.swap_out()
+            average.drop_whole_copies(model, "finalize()")
             raise
         average.swap_out(keep=True)
 
