@@ -79,9 +79,10 @@ class Home(NamedTuple):
 
     def zeros(self, weight: Tensor) -> Tensor:
         """The average of such weights before the first snapshot, in the same layout."""
-        return torch.zeros_like(
-            weight,
-            dtype=self.dtype_of(weight.dtype),
-            device=self.device_of(weight),
-            requires_grad=False,
-        ).detach()
+        with torch.inference_mode(False):  # it outlives the block
+            return torch.zeros_like(
+                weight,
+                dtype=self.dtype_of(weight.dtype),
+                device=self.device_of(weight),
+                requires_grad=False,
+            ).detach()

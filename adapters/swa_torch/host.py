@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,7 @@ class Host:
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[bool] | None = None
         self._doing = ""
+        self._process = os.getpid()  # whose thread it is: a forked process has none of it
 
     def __getstate__(self) -> dict[str, Any]:
         # Streams and threads do not travel, and what waits in the copies has been averaged.
@@ -108,6 +110,12 @@ class Host:
           SWAError: it failed. As the averages may be half done, this is raised again each time.
         """
         assert self._pending is not None
+        if self._process != os.getpid():
+            raise SWAError(
+                f"{self._doing}: this process was forked while that was averaged on the host, by a "
+                "thread that it does not have.",
+                hint="read the average before the fork, or load a checkpoint after it.",
+            )
         try:
             was_finite = self._pending.result()
         except Exception as error:
@@ -121,7 +129,7 @@ class Host:
 
     def drop(self) -> None:
         """Waits until nobody works on the averages any more, and forgets what came of it."""
-        if self._pending is not None:
+        if self._pending is not None and self._process == os.getpid():
             self._pending.exception()
         self._pending = None
 
@@ -132,8 +140,9 @@ class Host:
         return self._copies[cohort]
 
     def _do(self, job: Callable[[], bool]) -> Future[bool]:
-        if self._thread is None:
+        if self._thread is None or self._process != os.getpid():
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="swa_torch")
+            self._process = os.getpid()
         return self._thread.submit(job)
 
     def _copy(self, cohorts: list[Cohort]) -> Callable[[], None]:
@@ -187,9 +196,11 @@ def _room_for(weights: list[Tensor]) -> list[Tensor]:
     for weight in weights:
         rows[weight.dtype] = rows.get(weight.dtype, 0) + weight.numel()
     pinned = any(weight.device.type == "cuda" for weight in weights)
-    whole = {
-        dtype: torch.empty(size, dtype=dtype, pin_memory=pinned) for dtype, size in rows.items()
-    }
+    with torch.inference_mode(False):  # it outlives the block
+        whole = {
+            dtype: torch.empty(size, dtype=dtype, device="cpu", pin_memory=pinned)
+            for dtype, size in rows.items()
+        }
     used = dict.fromkeys(rows, 0)
     room = []
     for weight in weights:

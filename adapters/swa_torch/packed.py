@@ -105,7 +105,9 @@ def pack(weights: Sequence[Tensor], home: Home) -> tuple[dict[int, Tensor], list
         for members in _runs(places, weights):
             length = sum(len(weights[member]) for member in members)
             shape = (length, *weights[members[0]].shape[1:])
-            piece = Piece(members, torch.zeros(shape, dtype=home.dtype_of(dtype)))
+            with torch.inference_mode(False):  # it outlives the block
+                rows = torch.zeros(shape, dtype=home.dtype_of(dtype), device="cpu")
+            piece = Piece(members, rows)
             averages.update(piece.averages(weights))
             pieces.append(piece)
     return averages, pieces

@@ -36,7 +36,9 @@ class Scratch:
         self.content = None
         key = (device, dtype)
         if key not in self._pieces:
-            self._pieces[key] = torch.empty(elements(device), dtype=dtype, device=device)
+            # It outlives the block that asks for it, and tensors of inference do not.
+            with torch.inference_mode(False):
+                self._pieces[key] = torch.empty(elements(device), dtype=dtype, device=device)
         return self._pieces[key]
 
 
@@ -75,7 +77,7 @@ def in_pieces(
             weights.append(weight)
             sizes.append(size)
             used += size
-        if used:
+        if averages:
             yield averages, weights, _rooms(averages, sizes, scratch.of(device, dtype))
 
 
