@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from swa_torch.cohort import Cohort, Position
 from swa_torch.scratch import Scratch, in_pieces
+from swa_torch.sharding import local
 
 
 class Swap:
@@ -38,6 +38,8 @@ class Swap:
         self._kept: list[tuple[Tensor, Tensor]] = []
         # A shard does not count who writes to it through its parameter; the parameter does.
         self._watched: list[Tensor] = []
+        # Parameters with the memory in which they were found.
+        self._places: list[tuple[Tensor, Tensor]] = []
         # Where each side is now, for whoever saves while swapped.
         self.averages: dict[Position, Tensor] = {}
         self.live: dict[Position, Tensor] = {}
@@ -52,6 +54,7 @@ class Swap:
                 cohort.positions, cohort.averages, weights, rooms, cohort.parameters, strict=True
             )
             for position, average, weight, kept, watched in members:
+                self._places.append((watched, weight))
                 is_alike = average.dtype == weight.dtype and average.device == weight.device
                 if kept is None and is_alike:
                     self._watched.append(watched)
@@ -69,7 +72,7 @@ class Swap:
                     parameter.copy_(average)
             except BaseException:
                 self._restore_kept()
-                self._exchange()
+                self._exchange(back=True)
                 raise
         self.overlook_writes()
         torch.clear_autocast_cache()
@@ -83,7 +86,8 @@ class Swap:
         """The live weights return. Whether somebody wrote to the averages in their place."""
         was_written = [parameter._version for parameter in self._watched] != self._versions
         self._restore_kept()
-        self._exchange()
+        self._exchange(back=True)
+        self._follow()
         torch.clear_autocast_cache()
         return was_written
 
@@ -99,15 +103,30 @@ class Swap:
         for kept, parameter in self._kept:
             parameter.copy_(kept)
 
-    def _exchange(self) -> None:
-        """Both sides change places, all of them or none."""
-        done = 0
+    def _follow(self) -> None:
+        """Brings the live weights to parameters that were given other memory meanwhile."""
+        for parameter, weight in self._places:
+            here = local(parameter)
+            is_elsewhere = (here.data_ptr(), here.device) != (weight.data_ptr(), weight.device)
+            if is_elsewhere and here.shape == weight.shape:
+                here.detach().copy_(weight)
+
+    def _exchange(self, *, back: bool = False) -> None:
+        """Both sides change places, all of them or none.
+
+        Args:
+          back: in the opposite order, which is not the same for parameters that share memory.
+        """
+        pieces = [*in_pieces(self._exchanged, self._scratch)]
+        if back:
+            pieces.reverse()
+        done = []
         try:
-            for piece in in_pieces(self._exchanged, self._scratch):
+            for piece in pieces:
                 _exchange(*piece)
-                done += 1
+                done.append(piece)
         except BaseException:
-            for piece in itertools.islice(in_pieces(self._exchanged, self._scratch), done):
+            for piece in reversed(done):
                 _exchange(*piece)
             raise
 
