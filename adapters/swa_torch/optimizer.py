@@ -231,6 +231,8 @@ class SWA(Forwarding):
         if not self.n_averaged:
             self._average.refuse_another("averaged_state_dict()")
         self._average.warn_if_empty(stacklevel=2)
+        if self._average.swap is None:
+            self._average.join("averaged_state_dict()")
         self._average.drop_whole_copies(model, "averaged_state_dict()")
         return full_state_dict(model, self._average.by_identity(), cpu_offload=cpu_offload)
 
@@ -245,7 +247,8 @@ class SWA(Forwarding):
         live weights stay in place, and a warning says so once.
 
         Float32 weights and averages change places without a further copy, so what is written to
-        the weights inside the block would be written to the average; a warning says so.
+        the weights inside the block would be written to the average; a warning says so (of what
+        torch counts: writing to ``parameter.data`` it does not).
         ``train()`` and ``eval()`` of a schedule-free optimizer, which rewrite the weights, reach
         the live ones inside the block too.
 
@@ -264,20 +267,24 @@ class SWA(Forwarding):
         average.refuse_swapped("averaged()")
         average.warn_if_empty(stacklevel=3)
         average.drop_whole_copies(model, "averaged()")
-        average.swap_in("averaged()")
         try:
+            average.swap_in("averaged()")
             with statistics:
                 if model is not None and bn_data is not None:
                     update_bn(model, bn_data)
                 yield
         finally:
-            average.swap_out()
+            if average.swap is not None:
+                average.swap_out()
             average.drop_whole_copies(model, "averaged()")
 
     def finalize(
         self, model: torch.nn.Module | None = None, bn_data: Iterable[Any] | None = None
     ) -> None:
         """Makes the average the weights for good. Training may go on from there.
+
+        A schedule-free optimizer keeps other weights besides, from which its ``eval()`` would
+        compute its own again: do not call it afterwards.
 
         Args:
           model: the model, needed with ``bn_data`` and for sharded weights.
@@ -317,7 +324,8 @@ class SWA(Forwarding):
 
         Saved inside ``averaged()``, it holds the live weights besides, because the model's own
         state then holds the averaged ones. (Batch-norm statistics are the model's alone: save
-        outside the block if ``bn_data`` was given.)
+        outside the block if ``bn_data`` was given.) As torch's own, it is for writing to a file:
+        its tensors may go on changing with the training, so deep-copy it to keep it in memory.
 
         ``torch.distributed.checkpoint`` saves it and loads it again on any number of ranks, by
         ``get_optimizer_state_dict`` and ``set_optimizer_state_dict``, for which averages are

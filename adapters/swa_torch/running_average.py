@@ -15,7 +15,13 @@ from torch.optim import Optimizer
 
 from swa_core import SWAState
 from swa_core.config import SWAConfig
-from swa_core.errors import NothingAveragedError, StructureError, SwappedError, SWAWarning
+from swa_core.errors import (
+    NothingAveragedError,
+    StructureError,
+    SWAError,
+    SwappedError,
+    SWAWarning,
+)
 from swa_core.learning_rate import LRSchedule
 from swa_core.schedule import Schedule
 from swa_torch.checkpointing import MODULE, Caller, caller, may_be_phantom
@@ -23,6 +29,7 @@ from swa_torch.cohort import Cohort, Position, is_averaged
 from swa_torch.finite import all_finite
 from swa_torch.home import Home
 from swa_torch.host import Host
+from swa_torch.interrupts import uninterrupted
 from swa_torch.rates import Rates
 from swa_torch.scratch import Scratch
 from swa_torch.sharding import (
@@ -89,6 +96,8 @@ class RunningAverage:
             self.host.drop()
         self.updates = self.n_averaged = self.n_skipped = 0
         self.total = 0.0
+        self._half_done = ""  # the snapshot that an error has interrupted
+        self.scratch.content = None
         self.cohorts: list[Cohort] = []
         self._members: list[list[Tensor]] = []
         self._waiting: list[Tensor] = []
@@ -171,14 +180,16 @@ class RunningAverage:
             agreed = self._agreed if self.nonfinite == "skip" else None
             self.host.begin(self.cohorts, self.rule, self.scratch, doing, agreed)
             return
-        with torch.no_grad():
+        with torch.no_grad(), uninterrupted():
             is_taken = self.nonfinite == "keep" or self._agreed(
                 all_finite(weights for c in self.cohorts for weights in c.to_check(self.scratch))
             )
             if is_taken:
+                self._half_done = doing
                 for cohort in self.cohorts:
                     cohort.add_snapshot(self.rule, self.scratch)
-        self._count(is_taken)
+            self._count(is_taken)
+            self._half_done = ""
 
     def _agreed(self, is_finite: bool) -> bool:
         """What all ranks say that hold a part of the weights, by what this one says."""
@@ -199,8 +210,13 @@ class RunningAverage:
         """Waits for the snapshot that is being averaged on the host, if there is one.
 
         Raises:
-          SWAError: it failed.
+          SWAError: it failed, or one that was averaged here did.
         """
+        if self._half_done:
+            raise SWAError(
+                f"{self._half_done}: averaging failed, so the average cannot be relied on.",
+                hint="load an earlier checkpoint.",
+            )
         if self.host is not None and self.host.is_busy():
             self._count(self.host.result())
 
@@ -382,19 +398,22 @@ class RunningAverage:
         self.join(doing)
         host = self.host
         room = host.room if host is not None and host.is_needed(self.cohorts) else None
-        self.swap = Swap(self.cohorts, self.scratch, room)
+        with uninterrupted():
+            self.swap = Swap(self.cohorts, self.scratch, room)
         return self.swap
 
     def swap_out(self, *, keep: bool = False) -> None:
         """Ends the exchange: the live weights return, or the averages stay for good."""
         assert self.swap is not None
-        was_written = self.swap.keep() if keep else self.swap.undo()
-        # Not before: if the return was interrupted, step() must not train the average.
-        self.swap = None
+        with uninterrupted():
+            was_written = self.swap.keep() if keep else self.swap.undo()
+            # Not before: if the return has failed, step() must not train the average.
+            self.swap = None
         if was_written:
+            result = "" if keep else " the live weights are back, but"
             warnings.warn(
-                "weights were written to while the average stood in for them: the live weights "
-                "are back, but the average now holds what was written.",
+                f"weights were written to while the average stood in for them:{result} the "
+                "average now holds what was written.",
                 SWAWarning,
                 stacklevel=4,
             )
