@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,10 @@ def full_state_dict(
             hint="pass the model whose parameters the optimizer trains.",
         )
     is_wanted = not cpu_offload or not are_distributed() or torch.distributed.get_rank() == 0
-    wanted: dict[str, Any] = {}
+    wanted: OrderedDict[str, Any] = OrderedDict()
+    # The versions of modules, which some ask for when they load.
+    metadata = getattr(held, "_metadata", {})
+    wanted._metadata = {_plain_name(model, path): entry for path, entry in metadata.items()}  # type: ignore[attr-defined]
     whole: dict[int, Tensor] = {}  # tied weights are gathered once, and stay tied
     with torch.no_grad():
         for key, value in held.items():
