@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from record import LINE
@@ -11,15 +12,17 @@ from record import LINE
 COLUMNS = ("last", "average", "average + update_bn", "annealed")
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean (NaN for a single value, which tells nothing of it).
+def with_error(values: Sequence[float], spec: str) -> str:
+    """Mean and standard error of the mean, which a single value tells nothing of.
 
-    >>> mean_and_error([1.0, 3.0])
-    (2.0, 1.0)
+    >>> with_error([1.0, 3.0], ".1f"), with_error([1.0], "+.2f")
+    ('2.0±1.0', '+1.00')
     """
+    mean = format(statistics.fmean(values), spec)
     if len(values) == 1:
-        return values[0], math.nan
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+        return mean
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean}±{format(error, spec.lstrip('+'))}"
 
 
 def table(runs: dict[str, list[dict]]) -> str:
@@ -35,9 +38,7 @@ def table(runs: dict[str, list[dict]]) -> str:
         cells = []
         for column in COLUMNS:
             accuracies, losses = zip(*(record["scores"][column] for record in records), strict=True)
-            accuracy, accuracy_error = mean_and_error(list(accuracies))
-            loss, loss_error = mean_and_error(list(losses))
-            cells.append(f"{accuracy:.2f}±{accuracy_error:.2f} {loss:.4f}±{loss_error:.4f}")
+            cells.append(f"{with_error(accuracies, '.2f')} {with_error(losses, '.4f')}")
         count = len(records[0]["snapshots"])
         lines.append(f"{name:17s} {count:>9d}  " + "".join(f"{cell:>{width}s}" for cell in cells))
     return "\n".join([*lines, "", snapshots(runs), *changes(runs)])
@@ -73,10 +74,9 @@ def changes(runs: dict[str, list[dict]]) -> list[str]:
                 record["scores"]["average + update_bn"][1] - record["scores"][other][1]
                 for record in records
             ]
-            difference, error = mean_and_error(differences)
             lower = sum(d < 0 for d in differences)
             lines.append(
-                f"{name}: average - {other} = {difference:+.4f}±{error:.4f} nats, lower in "
+                f"{name}: average - {other} = {with_error(differences, '+.4f')} nats, lower in "
                 f"{lower} of {len(differences)} seeds."
             )
     return lines
