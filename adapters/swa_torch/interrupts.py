@@ -15,6 +15,7 @@ def uninterrupted() -> Iterator[None]:
 
     Only the main thread is interrupted by signals, so others go on as they are.
 
+    >>> before = signal.signal(signal.SIGINT, signal.default_int_handler)
     >>> try:
     ...     with uninterrupted():
     ...         signal.raise_signal(signal.SIGINT)
@@ -23,6 +24,7 @@ def uninterrupted() -> Iterator[None]:
     ...     print("interrupted afterwards")
     goes on
     interrupted afterwards
+    >>> _ = signal.signal(signal.SIGINT, before)
     """
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():

@@ -79,6 +79,14 @@ def test_the_live_weights_follow_parameters_that_move_in_the_block(how):
     assert same(optimizer.averaged_parameters, averages)
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """Processes in the background are often started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupting(name, monkeypatch):
     """Lets Ctrl-C arrive in the midst of one of torch's functions, once."""
     whole = getattr(torch, name)
@@ -91,6 +99,7 @@ def interrupting(name, monkeypatch):
     monkeypatch.setattr(torch, name, interrupted)
 
 
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_an_interrupt_waits_for_the_end_of_a_snapshot(monkeypatch):
     model, optimizer = averaging(ALWAYS)
     train(model, optimizer, 3)
@@ -104,6 +113,7 @@ def test_an_interrupt_waits_for_the_end_of_a_snapshot(monkeypatch):
     assert optimizer.n_averaged == 6
 
 
+@pytest.mark.usefixtures("heeds_interrupts")
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_an_interrupt_waits_for_the_end_of_a_swap(monkeypatch, side):
     model, optimizer = averaging()
