@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import keras
 import numpy.typing as npt
 
-from swa_core import (
-    ConfigError,
-    NothingAveragedError,
-    Schedule,
-    StateError,
-    SWAConfig,
-    SWAError,
-    SwappedError,
-    SWAState,
-    SWAWarning,
-)
+from swa_core import ConfigError, Schedule, StateError, SWAConfig, SWAError, SWAState, SWAWarning
 from swa_core.errors import Fault
-from swa_core.saving import header, read_header
+from swa_core.saving import header
 from swa_keras import batch_norm
 from swa_keras.averages import RunningAverage, refuse_nothing
-from swa_keras.backend import wide
-from swa_keras.clock import Timetable, UpdateCounter, accumulation_of, inside_execution, timetable
-from swa_keras.learning_rate import Rate, check_settable
+from swa_keras.learning_rate import check_settable
+from swa_keras.lending import Lender, usable
 from swa_keras.model_state import averaged_variables, inner_optimizer, synced
+from swa_keras.progress import Progress
 from swa_keras.saving import check_live, live_of, plain, progress_of
-from swa_keras.swapping import Swap, live_variables
+from swa_keras.swapping import live_variables
 from swa_keras.validation import Validation
 
 Validate = Literal["both", "average", "raw"]
-NEVER = math.inf
 
 
 class SWA(keras.callbacks.Callback):
@@ -100,37 +88,24 @@ class SWA(keras.callbacks.Callback):
         self._bn_data = bn_data
         self._validate = validate
         self._finalize_at_end = finalize
-        self._average = RunningAverage(self.config.rule, self.config.nonfinite)
-        self._timetable: Timetable | None = None
-        self._rate: Rate | None = None
-        self._updates = 0
-        self._epochs = 0
-        self._next: float = NEVER
-        self._counter: UpdateCounter | None = None
+        self._progress = Progress(self.config)
+        self._lender = Lender(RunningAverage(self.config.rule, self.config.nonfinite), bn_data)
         self._validation: Validation | None = None
-        self._swap: Swap | None = None
-        # A loaded state, as far as it waits for the schedule and for a built model.
-        self._unchecked: Mapping[str, Any] | None = None
+        # Of a loaded state: training weights that wait for a built model.
         self._live_to_load: tuple[list[Any], list[Any]] | None = None
-        # What update_bn found for the average of so many snapshots, of this model.
-        self._statistics: tuple[int, Any, list[batch_norm.Statistics]] | None = None
-        self._warned_empty = False
         self._warned_batch_norm = False
 
     @property
     def schedule(self) -> Schedule | None:
         """Which updates are snapshots, known from the start of the training on; in epochs where
         Keras does not know the number of steps per epoch."""
-        return self._timetable and self._timetable.schedule
+        return self._progress.schedule
 
     @property
     def updates(self) -> int:
         """Completed optimizer updates. During ``fit`` it asks the optimizer, which on jax brings
         the model's variables up to date."""
-        if self._counter is not None:
-            synced(self._model)
-            self._updates = self._counter.read(strict=False)
-        return self._updates
+        return self._progress.updates(self._model)
 
     @property
     def n_averaged(self) -> int:
@@ -148,14 +123,7 @@ class SWA(keras.callbacks.Callback):
 
         Before the first snapshot these are the live weights, and a warning says so once.
         """
-        if self.n_averaged:
-            return self._average.arrays()
-        variables = averaged_variables(self._model_or(None))
-        self._warn_empty()
-        return [
-            self._average.backend.to_numpy(keras.ops.cast(v.value, wide(v.dtype)))
-            for v in variables
-        ]
+        return self._lender.weights(lambda: usable(self.model))
 
     # Loops without fit
 
@@ -176,16 +144,13 @@ class SWA(keras.callbacks.Callback):
         Raises:
           ConfigError: a length that the configuration needs is missing.
         """
-        self._refuse_swapped("begin a training")
+        self._lender.refuse_swapped("begin a training")
         self.set_model(model)
-        lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
         self._check(model)
-        self._adopt(
-            Timetable("update", self.config.schedule(**lengths), self.config.lr_schedule(**lengths))
-        )
+        self._progress.begin(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
         self._warn_batch_norm(model)
         self._load_into(model)
-        self._prepare_rate(self._updates + 1)
+        self._progress.prepare_next(lambda: model)
 
     def update(self, model: keras.Model) -> None:
         """Counts one completed optimizer update in a loop without ``fit``.
@@ -211,60 +176,27 @@ class SWA(keras.callbacks.Callback):
         >>> swa.n_averaged
         2
         """
-        self._refuse_swapped("count an update")
-        if self._timetable is None:
+        self._lender.refuse_swapped("count an update")
+        if self.schedule is None:
             self.begin(model)
-        assert self._timetable is not None
-        if self._timetable.unit == "epoch":
-            raise SWAError(
-                "update() counts updates, but this training counts epochs, because its steps per "
-                "epoch are not known.",
-                hint="give fit steps_per_epoch.",
-            )
-        update = self._updates + 1
-        if update >= self._next:
+        update, is_snapshot = self._progress.following()
+        if is_snapshot:
             self._average.add(averaged_variables(synced(model)), update)
-        self._updates = update
-        self._look_ahead(update)
-        self._prepare_rate(update + 1)
+        self._progress.completed(update)
+        self._progress.prepare_next(lambda: model)
 
     # The hooks of fit
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Resolves the schedule, and refuses what cannot work."""
-        self._refuse_swapped("train")
+        self._lender.refuse_swapped("train")
         model = self.model
         self._check(model)
-        params = self.params or {}
-        try:
-            resolved = timetable(
-                self.config,
-                steps=params.get("steps"),
-                epochs=params.get("epochs"),
-                accumulation=accumulation_of(model),
-                goes_on=bool(self._updates),
-            )
-        except ConfigError:
-            if self._timetable is None:
-                raise
-            resolved = self._timetable  # which a later fit need not be able to resolve
-        if self._rate_varies(resolved) and model.steps_per_execution > 1:
-            raise ConfigError(
-                [
-                    Fault(
-                        "swa.lr",
-                        "anneal and cycle set a rate for every update, which steps_per_execution="
-                        f"{model.steps_per_execution} does not allow. Compile with 1.",
-                    )
-                ],
-                source="the schedule",
-            )
-        self._adopt(resolved)
+        self._progress.begin_fit(model, self.params or {})
         self._warn_batch_norm(model)
         if model.built:
             refuse_nothing(averaged_variables(model), "cannot train with averaging")
             self._average.match(averaged_variables(model), "cannot go on averaging")
-        self._counter = None
         if self._validate != "raw":
             self._remove_validation()
             self._validation = Validation(
@@ -272,36 +204,18 @@ class SWA(keras.callbacks.Callback):
             )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Starts counting with the first epoch of a ``fit``, after every callback has loaded what
-        it wanted to."""
-        if self._counter is None:
-            self._start_counting(epoch)
-        assert self._counter is not None
-        self._counter.new_epoch()
-        self._epoch_open = True
-        if self._rate is not None:
-            self._rate.forget()
+        """Starts counting with the first epoch of a ``fit``."""
+        if not self._progress.in_fit:
+            self._load_into(self.model)
+        self._progress.begin_epoch(lambda: self.model, self.params or {}, epoch)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Sets the learning rate of ``[swa.lr]``."""
-        if self._rate is None or self._counter is None or self._timetable is None:
-            return
-        if self._timetable.unit == "epoch":
-            update = self._epochs + 1
-        elif self._counter.is_exact or self._counter.at_most < self._rate.lr.start:
-            update = self._counter.at_most + 1
-        else:
-            synced(self._model)
-            update = self._counter.read() + 1
-        self._prepare_rate(update)
+        self._progress.prepare_batch(lambda: self.model)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Takes the snapshot if one is due; otherwise only counts."""
-        counter = self._counter
-        if counter is None:
-            return
-        counter.batch_end(batch)
-        if counter.at_most >= self._next:
+        if self._progress.batch_end(batch):
             self._look()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -311,9 +225,7 @@ class SWA(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         """Leaves the average in the model, if asked to."""
         self._remove_validation()
-        if self._counter is not None:
-            self._updates = self._counter.read(strict=False)
-            self._counter = None
+        self._progress.end_fit()
         if not self._finalize_at_end:
             return
         if self.n_averaged:
@@ -321,7 +233,7 @@ class SWA(keras.callbacks.Callback):
         else:
             skipped = f" ({self.n_skipped} held NaN or Inf)" if self.n_skipped else ""
             warnings.warn(
-                f"SWA: no snapshot was averaged in {self._updates} updates{skipped}; the model "
+                f"SWA: no snapshot was averaged in {self.updates} updates{skipped}; the model "
                 f"keeps its training weights. The schedule is {self.schedule}.",
                 SWAWarning,
                 stacklevel=2,
@@ -329,8 +241,9 @@ class SWA(keras.callbacks.Callback):
 
     # Using the average
 
-    @contextmanager
-    def averaged(self, model: keras.Model | None = None, bn_data: Any = None) -> Iterator[Any]:
+    def averaged(
+        self, model: keras.Model | None = None, bn_data: Any = None
+    ) -> AbstractContextManager[Any]:
         """A context in which the model computes with the averaged weights.
 
         Whatever is raised inside, the training weights are back afterwards, and with them the
@@ -348,18 +261,7 @@ class SWA(keras.callbacks.Callback):
           SwappedError: inside another ``averaged()``.
           StructureError: another model than the one that was averaged.
         """
-        model = self._model_or(model)
-        self._refuse_swapped("swap the average in")
-        if not self.n_averaged:
-            self._warn_empty()
-            yield model
-            return
-        self._swap = Swap(model, self._average, self._recompute(bn_data))
-        try:
-            yield model
-        finally:
-            self._swap.restore()
-            self._swap = None
+        return self._lender.averaged(self._model_or(model), bn_data)
 
     def finalize(self, model: keras.Model | None = None, bn_data: Any = None) -> None:
         """Makes the average the model's weights for good.
@@ -374,15 +276,10 @@ class SWA(keras.callbacks.Callback):
           StructureError: another model than the one that was averaged. After any error the model
             has the weights it had.
         """
-        self._refuse_swapped("finalize")
-        if not self.n_averaged:
-            skipped = f", {self.n_skipped} left out as not finite" if self.n_skipped else ""
-            schedule = f" (the schedule is {self.schedule})" if self.schedule else ""
-            raise NothingAveragedError(
-                f"finalize(): nothing is averaged yet after {self._updates} updates{skipped}.",
-                hint=f"train past the first snapshot{schedule}, or start the average sooner.",
-            )
-        Swap(self._model_or(model), self._average, self._recompute(bn_data))
+        updates = self._progress.updates()
+        self._lender.finalize(
+            self._model_or(model), bn_data, updates=updates, schedule=self.schedule
+        )
 
     # Saving
 
@@ -392,24 +289,22 @@ class SWA(keras.callbacks.Callback):
         Save it together with the model's and the optimizer's weights. Saved inside
         ``averaged()`` it holds the training weights too, and gives them back when loaded.
         """
-        if self._counter is not None and self._swap is None:
+        swap = self._lender.swap
+        if self._progress.in_fit and swap is None:
             synced(self._model)
             # A snapshot that is due belongs to the updates that are saved.
             self._look()
-        state = SWAState(self._updates, self.n_averaged, self.n_skipped, self._average.total, None)
-        live = None
-        if self._swap is not None:
-            to_numpy = self._average.backend.to_numpy
-            live = tuple([plain(to_numpy(tensor)) for tensor in kept] for kept in self._swap.live)
-        elif self._live_to_load is not None:
-            live = self._live_to_load
+        average, updates = self._average, self._progress.updates()
+        state = SWAState(updates, average.n_averaged, average.n_skipped, average.total, None)
+        live = self._live_to_load
+        if swap is not None:
+            to_numpy = average.backend.to_numpy
+            live = tuple([plain(to_numpy(tensor)) for tensor in kept] for kept in swap.live)
         return {
-            **header(state, self.schedule, self.config.rule),
-            "unit": self._timetable and self._timetable.unit,
-            "epochs": self._epochs,
-            "base_rate": self._rate and self._rate.base,
-            "paths": self._average.paths,
-            "average": self._average.arrays(),
+            **header(state, rule=self.config.rule),
+            **self._progress.saved(),
+            "paths": average.paths,
+            "average": average.arrays(),
             "live": None if live is None else {"weights": live[0], "state": live[1]},
         }
 
@@ -426,9 +321,8 @@ class SWA(keras.callbacks.Callback):
           StateError: truncated, damaged, newer, or of another schedule or rule.
           StructureError: of other weights. After any error nothing has changed.
         """
-        self._refuse_swapped("load a state")
-        counters = read_header(saved, self.schedule, self.config.rule)
-        self._check_unit(saved, self._timetable)
+        self._lender.refuse_swapped("load a state")
+        counters = self._progress.check(saved)
         progress, live = progress_of(saved), live_of(saved)
         average = RunningAverage(self.config.rule, self.config.nonfinite)
         average.load(counters, saved)
@@ -437,25 +331,18 @@ class SWA(keras.callbacks.Callback):
             average.match(averaged_variables(synced(model)), "cannot load the saved average")
             if live is not None:
                 check_live(model, live)
-        self._average = average
-        self._updates = counters["updates"]
-        self._epochs = progress.epochs
-        self._statistics = None
-        self._unchecked = saved if self._timetable is None else None
+        self._lender.take(average)
         self._live_to_load = live
-        self._base_rate = progress.base_rate
-        if self._timetable is not None:
-            self._set_up_rate(self._timetable)
-            self._look_ahead(self._ticks(self._timetable))
+        self._progress.load(saved, counters["updates"], progress)
         if model is not None and model.built:
             self._load_into(model)
-            if self._timetable is not None:
-                self._prepare_rate(self._ticks(self._timetable) + 1)
+            self._progress.prepare_next(lambda: model)
 
     # Inside
 
-    _base_rate: float | None = None
-    _epoch_open = False
+    @property
+    def _average(self) -> RunningAverage:
+        return self._lender.average
 
     def _check(self, model: Any) -> None:
         """Refuses optimizers that this callback cannot work with."""
@@ -469,106 +356,17 @@ class SWA(keras.callbacks.Callback):
         if self.config.lr is not None:
             check_settable(model)
 
-    def _adopt(self, resolved: Timetable) -> None:
-        """Takes the schedule of the first training; later ones go on by it."""
-        if self._unchecked is not None:
-            read_header(self._unchecked, resolved.schedule, self.config.rule)
-            self._check_unit(self._unchecked, resolved)
-            self._unchecked = None
-        if self._timetable is None:
-            self._timetable = resolved
-            self._set_up_rate(resolved)
-        elif self._timetable != resolved:
-            warnings.warn(
-                f"SWA: this training goes on by the schedule of the first one, "
-                f"{self._timetable.schedule} in {self._timetable.unit}s, where its own would be "
-                f"{resolved.schedule} in {resolved.unit}s.",
-                SWAWarning,
-                stacklevel=2,
-            )
-        self._look_ahead(self._ticks(self._timetable))
-
-    def _set_up_rate(self, resolved: Timetable) -> None:
-        if resolved.lr is not None:
-            self._rate = Rate(resolved.lr, self._base_rate)
-
-    @staticmethod
-    def _rate_varies(resolved: Timetable) -> bool:
-        return resolved.lr is not None and bool(resolved.lr.anneal or resolved.lr.cycle)
-
-    @staticmethod
-    def _check_unit(saved: Mapping[str, Any], resolved: Timetable | None) -> None:
-        unit = saved.get("unit")
-        if unit is not None and resolved is not None and unit != resolved.unit:
-            raise StateError(
-                f"the saved average counted {unit}s, and this training counts {resolved.unit}s.",
-                hint="give fit the same data and steps_per_epoch as before.",
-            )
-
-    def _ticks(self, resolved: Timetable) -> int:
-        return self._epochs if resolved.unit == "epoch" else self._updates
-
-    def _look_ahead(self, ticks: int) -> None:
-        assert self._timetable is not None
-        following = self._timetable.schedule.next_after(ticks)
-        self._next = NEVER if following is None else following
-
-    def _start_counting(self, epoch: int) -> None:
-        """The base of the count, at the first epoch of a ``fit``."""
-        assert self._timetable is not None
-        model = self.model
-        if model.built:
-            self._load_into(model)
-        elif self._live_to_load is not None:
-            raise StateError(
-                "the loaded state holds the training weights of a model, and this one is not "
-                "built.",
-                hint="call the model on a batch and load its weights before fit.",
-            )
-        params = self.params or {}
-        steps = params.get("steps")
-        if epoch and not self._updates and not self._epochs:
-            # A training that was begun elsewhere.
-            self._epochs = epoch
-            self._updates = epoch * (steps or 0) // accumulation_of(model)
-        self._counter = UpdateCounter(model, self._updates)
-        if self._timetable.unit == "update" and steps:
-            self._counter.check_executions(
-                self._timetable.schedule,
-                steps=steps,
-                epochs=(params.get("epochs") or 0) - epoch,
-                steps_per_execution=model.steps_per_execution,
-            )
-        self._look_ahead(self._ticks(self._timetable))
-        if self._timetable.unit == "epoch":
-            self._next = NEVER  # nothing falls due at a batch
-
     def _look(self) -> None:
-        """Asks the optimizer how many updates are completed, and takes the snapshot if due."""
-        assert self._counter is not None
+        """Takes the snapshot if one is due."""
         model = self.model
-        self._updates = self._counter.read()
-        if self._updates < self._next:
-            return
-        if self._updates > self._next:
-            raise inside_execution(int(self._next), model.steps_per_execution)
-        self._average.add(averaged_variables(model), self._updates)
-        self._look_ahead(self._updates)
+        if self._progress.look(model):
+            self._average.add(averaged_variables(model), self._progress.updates())
+            self._progress.taken()
 
     def _end_epoch(self) -> None:
-        """Ticks a clock that counts epochs, once at each end."""
-        if not self._epoch_open or self._timetable is None:
-            return
-        self._epoch_open = False
-        self._epochs += 1
-        if not (self.params or {}).get("steps") and self._counter is not None:
-            synced(self._model)
-            self._counter.data_ran_out()
-        if self._timetable.unit == "epoch" and self._timetable.schedule.is_snapshot(self._epochs):
-            model = self.model
-            assert self._counter is not None
-            self._updates = self._counter.read(strict=False)
-            self._average.add(averaged_variables(model), self._updates)
+        """Takes the snapshot of the end of an epoch, where epochs are counted."""
+        if self._progress.end_epoch(lambda: self.model, self.params or {}):
+            self._average.add(averaged_variables(self.model), self._progress.updates())
 
     def _context_for_validation(self) -> AbstractContextManager[Any] | None:
         # Validation comes before on_epoch_end, and must see the snapshot of this epoch.
@@ -580,31 +378,16 @@ class SWA(keras.callbacks.Callback):
             self._validation.remove()
             self._validation = None
 
-    def _prepare_rate(self, update: int) -> None:
-        if self._rate is not None:
-            self._rate.prepare(update, lambda: self.model)
-
-    def _recompute(self, bn_data: Any) -> Any:
-        """What makes the batch-norm statistics those of the average, or None."""
-        if bn_data is not None:
-            return lambda model: batch_norm.update_bn(model, bn_data)
-        if self._bn_data is None:
-            return None
-
-        def recompute(model: Any) -> None:
-            # Only a new snapshot makes new statistics, so one pass serves until then.
-            if not batch_norm.has_batch_norm(model):
-                return
-            kept = self._statistics
-            if kept is None or kept[0] != self.n_averaged or kept[1] is not model:
-                found = batch_norm.pooled_statistics(model, self._bn_data)
-                kept = self._statistics = (self.n_averaged, model, found)
-            batch_norm.assign(kept[2])
-
-        return recompute
-
     def _load_into(self, model: Any) -> None:
         """Applies what a loaded state holds for the model."""
+        if not model.built:
+            if self._live_to_load is not None:
+                raise StateError(
+                    "the loaded state holds the training weights of a model, and this one is not "
+                    "built.",
+                    hint="call the model on a batch and load its weights before fit.",
+                )
+            return
         self._average.match(averaged_variables(model), "cannot load the saved average")
         if self._live_to_load is not None:
             check_live(model, self._live_to_load)
@@ -614,33 +397,7 @@ class SWA(keras.callbacks.Callback):
             self._live_to_load = None
 
     def _model_or(self, model: Any) -> Any:
-        model = self.model if model is None else synced(model)
-        if model is None:
-            raise SWAError(
-                "there is no model yet.", hint="pass it, or train with this callback first."
-            )
-        if not model.built:
-            raise SWAError(
-                "the model is not built, so it has no weights yet.",
-                hint="call it on a batch of data first.",
-            )
-        return model
-
-    def _refuse_swapped(self, what: str) -> None:
-        if self._swap is not None:
-            raise SwappedError(
-                f"cannot {what} inside averaged(): the model holds the average there.",
-                hint="leave the with-block first.",
-            )
-
-    def _warn_empty(self) -> None:
-        if not self._warned_empty:
-            self._warned_empty = True
-            warnings.warn(
-                "SWA: nothing is averaged yet; these are the live weights.",
-                SWAWarning,
-                stacklevel=4,
-            )
+        return usable(self.model if model is None else model)
 
     def _warn_batch_norm(self, model: Any) -> None:
         uses_average = self._finalize_at_end or self._validate != "raw"

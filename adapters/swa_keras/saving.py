@@ -17,7 +17,7 @@ from swa_keras.swapping import live_variables
 _EARLIER = "load an earlier checkpoint."
 
 
-class Progress(NamedTuple):
+class Saved(NamedTuple):
     """How far a training was when it was saved, beside its updates.
 
     Attributes:
@@ -29,7 +29,7 @@ class Progress(NamedTuple):
     base_rate: float | None
 
 
-def progress_of(saved: Mapping[str, Any]) -> Progress:
+def progress_of(saved: Mapping[str, Any]) -> Saved:
     """Epochs and base rate of a state, after checking that nothing of it is missing.
 
     Raises:
@@ -45,9 +45,9 @@ def progress_of(saved: Mapping[str, Any]) -> Progress:
         )
     epochs, base_rate = saved["epochs"], saved["base_rate"]
     try:
-        progress = Progress(operator.index(epochs), None if base_rate is None else float(base_rate))
+        progress = Saved(operator.index(epochs), None if base_rate is None else float(base_rate))
     except (TypeError, ValueError):
-        progress = Progress(-1, None)
+        progress = Saved(-1, None)
     if progress.epochs < 0 or not math.isfinite(progress.base_rate or 0.0):
         raise StateError(
             f"the saved average is damaged: epochs is {epochs!r} and base_rate {base_rate!r}, and "

@@ -1,0 +1,142 @@
+"""Using an average: reading it, lending it to a model for a while, giving it for good."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy.typing as npt
+
+from swa_core import NothingAveragedError, Schedule, SWAError, SwappedError, SWAWarning
+from swa_keras import batch_norm
+from swa_keras.averages import RunningAverage
+from swa_keras.backend import current, wide
+from swa_keras.model_state import averaged_variables, synced
+from swa_keras.swapping import Swap
+
+
+class Lender:
+    """Lends an average to models.
+
+    Args:
+      average: what is lent.
+      bn_data: training data for the batch-norm statistics of models that hold the average, or
+        None to leave the statistics alone.
+
+    Attributes:
+      average: as above; a loaded state puts another in its place.
+      swap: what the model that holds the average right now must be given back, or None.
+    """
+
+    def __init__(self, average: RunningAverage, bn_data: Any = None) -> None:
+        self.average = average
+        self.swap: Swap | None = None
+        self._bn_data = bn_data
+        # What update_bn found for the average of so many snapshots, of this model.
+        self._statistics: tuple[int, Any, list[batch_norm.Statistics]] | None = None
+        self._warned_empty = False
+
+    def take(self, average: RunningAverage) -> None:
+        """Lends this average from now on."""
+        self.average = average
+        self._statistics = None
+
+    def weights(self, model: Callable[[], Any]) -> list[npt.NDArray[Any]]:
+        """Copies of the averages; of the live weights, with one warning, before there are any."""
+        if self.average.n_averaged:
+            return self.average.arrays()
+        variables = averaged_variables(model())
+        self._warn_empty()
+        return [current().to_numpy(keras.ops.cast(v.value, wide(v.dtype))) for v in variables]
+
+    @contextmanager
+    def averaged(self, model: Any, bn_data: Any = None) -> Iterator[Any]:
+        """A context in which the model computes with the average; see ``SWA.averaged``."""
+        self.refuse_swapped("swap the average in")
+        if not self.average.n_averaged:
+            self._warn_empty()
+            yield model
+            return
+        self.swap = Swap(model, self.average, self._recompute(bn_data))
+        try:
+            yield model
+        finally:
+            self.swap.restore()
+            self.swap = None
+
+    def finalize(
+        self, model: Any, bn_data: Any = None, *, updates: int, schedule: Schedule | None
+    ) -> None:
+        """Makes the average the model's weights; see ``SWA.finalize``.
+
+        Args:
+          model: the model, built.
+          bn_data: as there.
+          updates: completed updates, for the message when nothing is averaged.
+          schedule: for the same.
+        """
+        self.refuse_swapped("finalize")
+        if not self.average.n_averaged:
+            n = self.average.n_skipped
+            skipped = f", {n} left out as not finite" if n else ""
+            known = f" (the schedule is {schedule})" if schedule else ""
+            raise NothingAveragedError(
+                f"finalize(): nothing is averaged yet after {updates} updates{skipped}.",
+                hint=f"train past the first snapshot{known}, or start the average sooner.",
+            )
+        Swap(model, self.average, self._recompute(bn_data))
+
+    def refuse_swapped(self, what: str) -> None:
+        """Raises ``SwappedError`` while a model holds the average."""
+        if self.swap is not None:
+            raise SwappedError(
+                f"cannot {what} inside averaged(): the model holds the average there.",
+                hint="leave the with-block first.",
+            )
+
+    def _recompute(self, bn_data: Any) -> Callable[[Any], None] | None:
+        """What makes the batch-norm statistics those of the average, or None."""
+        if bn_data is not None:
+            return lambda model: batch_norm.update_bn(model, bn_data)
+        if self._bn_data is None:
+            return None
+
+        def recompute(model: Any) -> None:
+            # Only a new snapshot makes new statistics, so one pass serves until then.
+            if not batch_norm.has_batch_norm(model):
+                return
+            kept = self._statistics
+            if kept is None or kept[0] != self.average.n_averaged or kept[1] is not model:
+                found = batch_norm.pooled_statistics(model, self._bn_data)
+                kept = self._statistics = (self.average.n_averaged, model, found)
+            batch_norm.assign(kept[2])
+
+        return recompute
+
+    def _warn_empty(self) -> None:
+        if not self._warned_empty:
+            self._warned_empty = True
+            warnings.warn(
+                "SWA: nothing is averaged yet; these are the live weights.",
+                SWAWarning,
+                stacklevel=5,
+            )
+
+
+def usable(model: Any) -> Any:
+    """The model with its values in its variables.
+
+    Raises:
+      SWAError: no model, or one without weights yet.
+    """
+    if model is None:
+        raise SWAError("there is no model yet.", hint="pass it, or train with this callback first.")
+    if not model.built:
+        raise SWAError(
+            "the model is not built, so it has no weights yet.",
+            hint="call it on a batch of data first.",
+        )
+    return synced(model)
