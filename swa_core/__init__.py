@@ -1,5 +1,6 @@
 """swa-core: one weight-averaging engine, the same in every framework. numpy only."""
 
+from swa_core.average_files import AverageFile, load_average, save_average
 from swa_core.averaging import SWAState, init, update
 from swa_core.config import SWAConfig
 from swa_core.errors import (
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EMA",
+    "AverageFile",
     "BatchNormError",
     "ConfigError",
     "LRSchedule",
@@ -39,6 +41,8 @@ __all__ = [
     "Uniform",
     "init",
     "learning_rate",
+    "load_average",
+    "save_average",
     "state_from_dict",
     "state_to_dict",
     "update",

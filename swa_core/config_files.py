@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from swa_core.atomic import replacing
 from swa_core.errors import ConfigError, Fault
 
 _SUFFIXES = (".toml", ".json")
@@ -54,17 +52,8 @@ def write_table(path: Path, table: Mapping[str, Any]) -> None:
         )
         raise ConfigError([Fault("", message)], source=path.name)
     text = _toml(table) if path.suffix == ".toml" else json.dumps({"swa": table}, indent=2) + "\n"
-    # Written beside it and renamed: whoever reads meanwhile sees the old file or the new one.
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _check_suffix(path: Path) -> None:

@@ -73,8 +73,8 @@ def read_header(
     if counters["n_averaged"] and counters["total"] < 1:
         raise _damaged(f"total is {counters['total']}, and at least 1 with any snapshot")
     made_with = saved.get("schedule")
-    if schedule is not None and made_with is not None and _schedule(made_with) != schedule:
-        raise _of_another("schedule", _schedule(made_with), schedule)
+    if schedule is not None and made_with is not None and read_schedule(made_with) != schedule:
+        raise _of_another("schedule", read_schedule(made_with), schedule)
     made_with = saved.get("rule")
     if rule is not None and made_with is not None and made_with != write_rule(rule):
         raise _of_another("rule", made_with, write_rule(rule))
@@ -118,9 +118,18 @@ def _total(value: Any) -> float:
     return total
 
 
-def _schedule(value: Any) -> Schedule:
+def read_schedule(value: Any) -> Schedule:
+    """The schedule of a saved state, which ``header`` wrote as a list.
+
+    Raises:
+      StateError: it is none.
+    """
     try:
         start, every, stop = value
+        start, every = operator.index(start), operator.index(every)
+        stop = None if stop is None else operator.index(stop)
+        if start < 0 or every < 1:
+            raise ValueError
     except (TypeError, ValueError):
         raise _damaged(f"schedule is {value!r}, and should be start, every and stop") from None
     return Schedule(start, every, stop)

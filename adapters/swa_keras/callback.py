@@ -14,7 +14,7 @@ import numpy.typing as npt
 from swa_core import ConfigError, Schedule, StateError, SWAConfig, SWAError, SWAState, SWAWarning
 from swa_core.errors import Fault
 from swa_core.saving import header
-from swa_keras import batch_norm
+from swa_keras import batch_norm, files
 from swa_keras.averages import RunningAverage, refuse_nothing
 from swa_keras.learning_rate import check_settable
 from swa_keras.lending import Lender, usable
@@ -337,6 +337,48 @@ class SWA(keras.callbacks.Callback):
         if model is not None and model.built:
             self._load_into(model)
             self._progress.prepare_next(lambda: model)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes configuration and state into one safetensors file, whole or not at all.
+
+        Save the model and its optimizer beside it. The file is read by ``load``, in any framework
+        by ``swa_core.load_average``, and by every reader of safetensors, which finds the averages
+        under the paths of the variables.
+
+        Args:
+          path: the file, by custom ``*.safetensors``; replaced if it is there.
+
+        Raises:
+          OSError: it cannot be written; an older one is still there.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="last")])
+        >>> swa = SWA({"start": "1step", "every": "1step"})
+        >>> swa.update(model)
+        >>> swa.save(f"{folder}/average.safetensors")
+        >>> swa = SWA.load(f"{folder}/average.safetensors")
+        >>> swa.n_averaged, swa.config.every
+        (1, '1step')
+        """
+        files.write(path, self.state_dict(), self.config)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **arguments: Any) -> SWA:
+        """A callback that goes on from what ``save`` wrote.
+
+        Args:
+          path: the file.
+          arguments: as for ``SWA``, beside the configuration, which comes from the file.
+
+        Raises:
+          StateError: no saved average, damaged, of a newer version or another adapter.
+          OSError: the file cannot be read.
+        """
+        config, saved = files.read(path)
+        swa = cls(config, **arguments)
+        swa.load_state_dict(saved)
+        return swa
 
     # Inside
 

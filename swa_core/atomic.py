@@ -1,0 +1,54 @@
+"""Files that are there whole or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of ``path`` when the block ends without an exception.
+
+    It is written beside it, flushed to the disk and renamed: whoever reads meanwhile, or after the
+    process or the machine was stopped, finds the old file or the new one. A link is followed, and
+    the permissions of an old file are kept.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp(), "name")
+    >>> with replacing(target) as file:
+    ...     written = file.write(b"all of it")
+    ...     before = target.exists()
+    >>> before, target.read_bytes()
+    (False, b'all of it')
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+        _flush_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """The rename too has to reach the disk; where a folder cannot be opened (Windows), it does."""
+    flags: Any = getattr(os, "O_DIRECTORY", None)
+    if flags is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY | flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,175 @@
+"""An average as a file, which outlives the process and the framework that made it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from swa_core import safetensors_files, trees
+from swa_core.averaging import SWAState
+from swa_core.config import SWAConfig
+from swa_core.errors import ConfigError, StateError, StructureError
+from swa_core.saving import header, read_header, read_schedule
+from swa_core.schedule import Schedule
+
+_KEY = "swa"
+_BESIDE = "beside/"  # before the names of arrays that are no part of the average
+_LIBRARIES = ("numpy", "torch", "tensorflow", "jax", "keras", "optax")
+
+
+class AverageFile(NamedTuple):
+    """What a file of an average holds.
+
+    Attributes:
+      state: its counters, and the average as a dictionary of arrays by path.
+      config: the configuration that it was made with.
+      schedule: the resolved schedule, if it was saved.
+      framework: who saved it ("torch", "keras", "optax"), if that was said.
+      versions: of Python and of the libraries in the process that saved it.
+      extra: what the adapter that saved it needs beside this, plain JSON.
+      beside: arrays that are no part of the average, by name.
+    """
+
+    state: SWAState
+    config: SWAConfig
+    schedule: Schedule | None
+    framework: str | None
+    versions: dict[str, str]
+    extra: dict[str, Any]
+    beside: dict[str, npt.NDArray[Any]]
+
+
+def save_average(
+    path: str | os.PathLike[str],
+    state: SWAState,
+    config: SWAConfig,
+    *,
+    schedule: Schedule | None = None,
+    framework: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes an average and all that is needed to go on with it into one safetensors file.
+
+    The names in the file are the paths of the leaves, so that any reader of safetensors gets the
+    averaged weights without knowing of this package. The file is written beside its place,
+    flushed to the disk and renamed.
+
+    Args:
+      path: the file, by custom ``*.safetensors``; replaced if it is there.
+      state: the counters and the average, a pytree of numpy arrays.
+      config: what it was made with.
+      schedule: the resolved schedule; whoever goes on is then held to it.
+      framework: who saves, for people to read.
+      extra: what an adapter needs beside this; plain JSON.
+      beside: further arrays, kept apart from the average.
+
+    Raises:
+      StructureError: two leaves have the same path, or one that is kept.
+      StateError: a dtype that the format does not have.
+      OSError: the file cannot be written; an older one is still there.
+
+    >>> import tempfile
+    >>> file = os.path.join(tempfile.mkdtemp(), "average.safetensors")
+    >>> save_average(file, SWAState(7, 2, 0, 2.0, {"dense": {"bias": np.zeros(1)}}), SWAConfig())
+    >>> load_average(file).state
+    SWAState(updates=7, n_averaged=2, n_skipped=0, total=2.0, average={'dense/bias': array([0.])})
+    """
+    average = {key: leaf for key, leaf in trees.by_path(state.average).items() if leaf is not None}
+    others = {_BESIDE + key: leaf for key, leaf in (beside or {}).items()}
+    if both := sorted(average.keys() & others.keys()):
+        raise StructureError(
+            f"a leaf has the path '{both[0]}', which is kept for what stands beside an average.",
+            hint="rename one of its keys.",
+        )
+    arrays = {key: np.asarray(leaf) for key, leaf in (average | others).items()}
+    # The format has no complex numbers of two doubles.
+    pairs = [key for key, array in arrays.items() if array.dtype == np.complex128]
+    for key in pairs:
+        arrays[key] = np.ascontiguousarray(arrays[key])[..., None].view(np.float64)
+    saved = {
+        **header(state, schedule, config.rule),
+        "config": config.to_dict(),
+        "framework": framework,
+        "versions": _versions(),
+        "extra": dict(extra or {}),
+        "beside": sorted(others),
+        "complex128": sorted(pairs),
+    }
+    # Readers for torch look for the format.
+    metadata = {"format": "pt", _KEY: json.dumps(saved, allow_nan=False)}
+    safetensors_files.write(path, arrays, metadata)
+
+
+def load_average(path: str | os.PathLike[str]) -> AverageFile:
+    """Reads a file that ``save_average`` wrote, in any framework.
+
+    Raises:
+      StateError: no such file but something else, truncated, damaged, or of a newer version.
+      OSError: the file cannot be read.
+    """
+    name = os.path.basename(path)
+    arrays, metadata = safetensors_files.read(path)
+    if _KEY not in metadata:
+        raise StateError(
+            f"{name} holds arrays, but no saved average.",
+            hint="load a file that save_average, or save of an adapter, has written.",
+        )
+    try:
+        saved = json.loads(metadata[_KEY])
+    except (ValueError, RecursionError) as error:
+        raise _damaged(name, f"its description cannot be read ({error})") from error
+    counters = read_header(saved)
+    try:
+        config = SWAConfig.from_dict(saved.get("config"))
+    except (ConfigError, TypeError) as error:
+        raise _damaged(name, f"its configuration is none ({error})") from error
+    versions, extra = saved.get("versions", {}), saved.get("extra", {})
+    others, pairs = saved.get("beside", []), saved.get("complex128", [])
+    if not isinstance(versions, dict) or not isinstance(extra, dict):
+        raise _damaged(name, "its description is none of an average")
+    try:
+        arrays |= {key: _complex(arrays[key]) for key in pairs}
+        beside = {key.removeprefix(_BESIDE): arrays.pop(key) for key in others}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(name, f"its arrays are not those it describes ({error!r})") from error
+    for key, array in arrays.items():
+        if not trees.is_inexact(array.dtype):
+            raise _damaged(name, f"array '{key}' has dtype {array.dtype}, and is no average")
+    schedule = saved.get("schedule")
+    return AverageFile(
+        SWAState(**counters, average=arrays),
+        config,
+        None if schedule is None else read_schedule(schedule),
+        saved.get("framework"),
+        versions,
+        extra,
+        beside,
+    )
+
+
+def _complex(pairs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if pairs.dtype != np.float64 or pairs.shape[-1:] != (2,):
+        raise ValueError(f"{pairs.dtype} of shape {pairs.shape} are no pairs of float64")
+    return pairs.view(np.complex128)[..., 0]
+
+
+def _versions() -> dict[str, str]:
+    """Of what is loaded; nothing is imported for it."""
+    found = {
+        name: str(getattr(sys.modules[name], "__version__", "unknown"))
+        for name in ("swa_core", *_LIBRARIES)
+        if name in sys.modules
+    }
+    return {"python": platform.python_version(), **found}
+
+
+def _damaged(name: str, what: str) -> StateError:
+    return StateError(f"{name} is damaged: {what}.", hint="load an earlier file.")
