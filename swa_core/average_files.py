@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from swa_core import safetensors_files, trees
 from swa_core.averaging import SWAState
 from swa_core.config import SWAConfig
 from swa_core.errors import ConfigError, StateError, StructureError
+from swa_core.rules import Rule
 from swa_core.saving import header, read_header, read_schedule
 from swa_core.schedule import Schedule
 
@@ -35,6 +36,7 @@ class AverageFile(NamedTuple):
       versions: of Python and of the libraries in the process that saved it.
       extra: what the adapter that saved it needs beside this, plain JSON.
       beside: arrays that are no part of the average, by name.
+      counts: n_averaged and total of leaves that joined later than the others, by path.
     """
 
     state: SWAState
@@ -44,6 +46,80 @@ class AverageFile(NamedTuple):
     versions: dict[str, str]
     extra: dict[str, Any]
     beside: dict[str, npt.NDArray[Any]]
+    counts: dict[str, tuple[int, float]]
+
+    def renamed(
+        self,
+        names: Mapping[str, str],
+        transform: Mapping[str, Callable[[npt.NDArray[Any]], Any]] | None = None,
+    ) -> AverageFile:
+        """The average under the names of another model, for a training that goes on elsewhere.
+
+        What the adapter that saved it kept for itself is left out.
+
+        Args:
+          names: for every leaf of the model that goes on, the name in this file.
+          transform: for leaves that lie otherwise there (transposed, say), what makes the one out
+            of the other.
+
+        Raises:
+          StructureError: a name that the file does not have, or arrays that no leaf takes.
+
+        >>> import tempfile
+        >>> file = os.path.join(tempfile.mkdtemp(), "average.safetensors")
+        >>> state = SWAState(7, 2, 0, 2.0, {"fc.weight": np.float32([[1, 2]])})
+        >>> save_average(file, state, SWAConfig())
+        >>> found = load_average(file).renamed({"dense/kernel": "fc.weight"},
+        ...                                    {"dense/kernel": np.transpose})
+        >>> found.state.average["dense/kernel"].shape
+        (2, 1)
+        """
+        average = self.state.average
+        for leaf, name in names.items():
+            if name not in average:
+                raise StructureError(
+                    f"leaf '{leaf}' is to be '{name}', which the file does not hold.",
+                    hint=f"it holds {_listed(average)}.",
+                )
+        if unused := [name for name in average if name not in set(names.values())]:
+            raise StructureError(
+                f"no leaf takes {_listed(unused)} of the file.",
+                hint="every average of the file belongs to a leaf of the model that goes on.",
+            )
+        change = dict(transform or {})
+        if unknown := [leaf for leaf in change if leaf not in names]:
+            raise StructureError(
+                f"there is a transform for {_listed(unknown)}, but no name in the file.",
+                hint=f"names has {_listed(names)}.",
+            )
+        moved = {
+            leaf: np.array(change.get(leaf, np.asarray)(average[name]))
+            for leaf, name in names.items()
+        }
+        counts = {leaf: self.counts[name] for leaf, name in names.items() if name in self.counts}
+        state = self.state._replace(average=moved)
+        return self._replace(state=state, extra={}, beside={}, counts=counts)
+
+    def check(self, schedule: Schedule | None, rule: Rule | None) -> None:
+        """Makes sure that a training can go on with it; None leaves something unchecked.
+
+        Raises:
+          StateError: it was made with another schedule or rule.
+        """
+        read_header(header(self.state, self.schedule, self.config.rule), schedule, rule)
+
+    def refuse_counts(self) -> None:
+        """For adapters whose leaves all have one count.
+
+        Raises:
+          StructureError: the file has leaves with counts of their own.
+        """
+        if self.counts:
+            raise StructureError(
+                f"cannot load the saved average: {_listed(self.counts)} joined it later than the "
+                "others, and here all weights have one count.",
+                hint="go on in the framework that saved it, or start a new average.",
+            )
 
 
 def save_average(
@@ -55,6 +131,7 @@ def save_average(
     framework: str | None = None,
     extra: Mapping[str, Any] | None = None,
     beside: Mapping[str, Any] | None = None,
+    counts: Mapping[str, tuple[int, float]] | None = None,
 ) -> None:
     """Writes an average and all that is needed to go on with it into one safetensors file.
 
@@ -70,6 +147,7 @@ def save_average(
       framework: who saves, for people to read.
       extra: what an adapter needs beside this; plain JSON.
       beside: further arrays, kept apart from the average.
+      counts: n_averaged and total of leaves that joined later than the others, by path.
 
     Raises:
       StructureError: two leaves have the same path, or one that is kept.
@@ -102,6 +180,7 @@ def save_average(
         "extra": dict(extra or {}),
         "beside": sorted(others),
         "complex128": sorted(pairs),
+        "counts": {key: [int(n), float(total)] for key, (n, total) in (counts or {}).items()},
     }
     # Readers for torch look for the format.
     metadata = {"format": "pt", _KEY: json.dumps(saved, allow_nan=False)}
@@ -138,6 +217,7 @@ def load_average(path: str | os.PathLike[str]) -> AverageFile:
     try:
         arrays |= {key: _complex(arrays[key]) for key in pairs}
         beside = {key.removeprefix(_BESIDE): arrays.pop(key) for key in others}
+        counts = {key: (int(n), float(t)) for key, (n, t) in saved.get("counts", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(name, f"its arrays are not those it describes ({error!r})") from error
     for key, array in arrays.items():
@@ -152,6 +232,7 @@ def load_average(path: str | os.PathLike[str]) -> AverageFile:
         versions,
         extra,
         beside,
+        counts,
     )
 
 
@@ -159,6 +240,11 @@ def _complex(pairs: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if pairs.dtype != np.float64 or pairs.shape[-1:] != (2,):
         raise ValueError(f"{pairs.dtype} of shape {pairs.shape} are no pairs of float64")
     return pairs.view(np.complex128)[..., 0]
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = [f"'{name}'" for name in names]
+    return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if found[8:] else "") or "nothing"
 
 
 def _versions() -> dict[str, str]:

@@ -38,19 +38,19 @@ def full_state_dict(
     wanted: OrderedDict[str, Any] = OrderedDict()
     # The versions of modules, which some ask for when they load.
     metadata = getattr(held, "_metadata", {})
-    wanted._metadata = {_plain_name(model, path): entry for path, entry in metadata.items()}  # type: ignore[attr-defined]
+    wanted._metadata = {plain_name(model, path): entry for path, entry in metadata.items()}  # type: ignore[attr-defined]
     whole: dict[int, Tensor] = {}  # tied weights are gathered once, and stay tied
     with torch.no_grad():
         for key, value in held.items():
             if not isinstance(value, Tensor):
-                wanted[_plain_name(model, key)] = value
+                wanted[plain_name(model, key)] = value
                 continue
             if id(value) not in whole:
                 average = averages.get(id(value))
                 tensor = _whole(value.detach(), average, cpu_offload=cpu_offload)
                 # The others took part in gathering it.
                 whole[id(value)] = tensor if is_wanted else tensor.new_empty(0)
-            wanted[_plain_name(model, key)] = whole[id(value)]
+            wanted[plain_name(model, key)] = whole[id(value)]
     return wanted if is_wanted else {}
 
 
@@ -64,8 +64,13 @@ def _whole(live: Tensor, average: Tensor | None, *, cpu_offload: bool) -> Tensor
     return value.clone()
 
 
-def _plain_name(model: torch.nn.Module, key: str) -> str:
-    """A key without what DistributedDataParallel, torch.compile and checkpointing put into it."""
+def plain_name(model: torch.nn.Module, key: str) -> str:
+    """A key without what DistributedDataParallel, torch.compile and checkpointing put into it.
+
+    >>> wrapped = torch.compile(torch.nn.Linear(1, 1), backend="eager")
+    >>> plain_name(wrapped, "_orig_mod.weight")
+    'weight'
+    """
     module: Any = model
     names = []
     for name in key.split("."):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swa_core import Schedule, SWAConfig
 from swa_core.errors import ConfigError, Fault, StructureError, SWAWarning
+from swa_torch import files
 from swa_torch.batch_norm import Statistics, update_bn
 from swa_torch.checkpointing import caller
 from swa_torch.forwarding import Forwarding
@@ -378,6 +379,67 @@ class SWA(Forwarding):
             found = dict(average.positions())
             for position, weights in loaded.live.items():
                 local(found[position]).copy_(weights)
+
+    def save_average(self, path: str | os.PathLike[str], model: torch.nn.Module) -> None:
+        """Writes the average, its configuration and its counters into one safetensors file.
+
+        The file outlives this framework: ``swa_core.load_average`` reads it in any, and every
+        reader of safetensors finds the averages under the names of the parameters. To resume this
+        very training, ``state_dict`` is enough. Training is not disturbed.
+
+        Args:
+          path: the file, by custom ``*.safetensors``; replaced if it is there. If weights are
+            sharded, all ranks have to call this, and the first one writes.
+          model: whose names the parameters get, wrapped or not.
+
+        Raises:
+          StructureError: an average is of no parameter of this model.
+          OSError: the file cannot be written; an older one is still there.
+
+        >>> import tempfile
+        >>> file = tempfile.mkdtemp() + "/average.safetensors"
+        >>> model = torch.nn.Linear(2, 1)
+        >>> sgd = torch.optim.SGD(model.parameters())
+        >>> optimizer = SWA(sgd, {"start": "1step", "every": "1step"})
+        >>> optimizer.step()
+        >>> optimizer.save_average(file, model)
+        >>> optimizer.load_average(file, model)
+        >>> optimizer.n_averaged
+        1
+        """
+        self._average.refuse_another("save_average()")
+        if self._average.swap is None:
+            self._average.join("save_average()")
+        files.save(path, model, self._average, self.config)
+
+    def load_average(
+        self,
+        path: str | os.PathLike[str],
+        model: torch.nn.Module,
+        *,
+        names: Mapping[str, str] | None = None,
+        transform: Mapping[str, Callable[[Any], Any]] | None = None,
+    ) -> None:
+        """Goes on from the average in a file, which any framework may have saved.
+
+        The model's weights and the wrapped optimizer's own state are loaded as always, and before.
+
+        Args:
+          path: the file.
+          model: that this optimizer trains, wrapped or not.
+          names: for every averaged parameter of the model, by name, the name in the file; by
+            default they are the same.
+          transform: for parameters that lie otherwise in the file, by name, a function that makes
+            the one numpy array out of the other (``numpy.transpose`` for a dense kernel of Keras
+            or JAX).
+
+        Raises:
+          StateError: no saved average, damaged, newer, or of another schedule or rule.
+          StructureError: of other parameters. After any error nothing has changed.
+          SwappedError: inside ``averaged()``.
+        """
+        self._average.refuse_swapped("load_average()")
+        files.load(path, model, self._average, names=names, transform=transform)
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy and pickle. The instance's step, which schedulers put there, stays out.

@@ -215,9 +215,9 @@ def unpack(saved: Any, average: RunningAverage) -> Loaded:
         averages = []
         for place, position in zip(members, positions, strict=True):
             found = tensors.get(place, {})
-            averages.append(_taken(found, "swa_average", position, parameters, average))
+            averages.append(taken(found, "swa_average", position, parameters, average))
             if is_swapped and n_averaged:
-                live[position] = _taken(found, "swa_live", position, parameters, average)
+                live[position] = taken(found, "swa_live", position, parameters, average)
         here = [parameters[position] for position in positions]
         cohorts.append(Cohort(positions, here, averages, n_averaged, total, home=average.home))
     _check_cohorts(counts, counters["n_averaged"], tensors)
@@ -287,14 +287,26 @@ def _check_sizes(sizes: list[int], average: RunningAverage) -> None:
             )
 
 
-def _taken(
+def taken(
     found: Mapping[str, Any],
     key: str,
     position: Position,
     parameters: dict[Position, Tensor],
     average: RunningAverage,
 ) -> Tensor:
-    """A copy of one saved tensor, beside its parameter, if it is there and fits."""
+    """A copy of one saved tensor, beside its parameter, if it is there and fits.
+
+    Args:
+      found: the saved tensors of a parameter.
+      key: "swa_average", or "swa_live" for the weights to train on with.
+      position: of the parameter in the groups.
+      parameters: by position.
+      average: that is to take it.
+
+    Raises:
+      StateError: it is missing.
+      StructureError: of another shape, dtype or sharding.
+    """
     saved, parameter = found.get(key), parameters[position]
     name = average.name(position)
     if not isinstance(saved, Tensor):

@@ -200,6 +200,32 @@ def test_names_that_stand_twice_in_a_header_are_refused(tmp_path):
         read(tmp_path / "twice")
 
 
+def test_an_average_moves_to_a_model_with_other_names(tmp_path):
+    file = tmp_path / "torch"
+    average = {"fc.weight": np.float32([[1, 2]]), "fc.bias": np.float32([3])}
+    counts = {"fc.bias": (1, 1.0)}
+    save_average(
+        file, SWAState(9, 2, 0, 2.0, average), CONFIG, framework="torch", extra={"a": 1},
+        beside={"b": np.ones(1)}, counts=counts,
+    )  # fmt: skip
+    found = load_average(file)
+    assert found.counts == counts
+    names = {"kernel": "fc.weight", "bias": "fc.bias"}
+    moved = found.renamed(names, {"kernel": np.transpose})
+    assert (moved.extra, moved.beside, moved.counts) == ({}, {}, {"bias": (1, 1.0)})
+    assert [*moved.state.average] == [*names]
+    np.testing.assert_array_equal(moved.state.average["kernel"], [[1], [2]])
+    assert moved.state[:4] == found.state[:4]
+    with pytest.raises(StructureError, match=r"'fc\.bias' joined it later"):
+        found.refuse_counts()
+    with pytest.raises(StructureError, match=r"'bias' is to be 'bias', which.*\n.*'fc\.bias'"):
+        found.renamed({**names, "bias": "bias"})
+    with pytest.raises(StructureError, match=r"no leaf takes 'fc\.bias'"):
+        found.renamed({"kernel": "fc.weight"})
+    with pytest.raises(StructureError, match="a transform for 'kernl'"):
+        found.renamed(names, {"kernl": np.transpose})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -212,6 +238,7 @@ def test_names_that_stand_twice_in_a_header_are_refused(tmp_path):
         (lambda saved, arrays: saved.update(extra=[]), "none of an average"),
         (lambda saved, arrays: saved.update(beside=["beside/x"]), "not those it describes"),
         (lambda saved, arrays: saved.update(complex128=["narrow"]), "not those it describes"),
+        (lambda saved, arrays: saved.update(counts={"narrow": 3}), "not those it describes"),
         (lambda saved, arrays: arrays.update(i=np.zeros(1, np.int8)), "'i' has dtype int8"),
     ],
 )

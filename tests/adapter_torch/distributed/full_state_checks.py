@@ -99,4 +99,28 @@ def check_half_precision_keeps_its_dtype(folder: Path) -> None:
     assert same(found.values(), expected)
 
 
+def check_average_files(folder: Path) -> None:
+    """What ranks hold in parts goes into one file, and comes out in other parts."""
+    model = with_buffers()
+    fully_shard(model[0])
+    fully_shard(model)
+    optimizer = averaging(model)
+    train(model, optimizer, 0, 5)
+    optimizer.save_average(folder / "average", model)
+    averages = [*whole(optimizer.averaged_parameters)]
+    plain = with_buffers()
+    alone = averaging(plain)
+    alone.load_average(folder / "average", plain)
+    assert same(alone.averaged_parameters, averages)
+    other = with_buffers()
+    fully_shard(other)
+    resumed = averaging(other)
+    resumed.load_average(folder / "average", other)
+    assert same(whole(resumed.averaged_parameters), averages)
+    for shard, parameter in zip(resumed.averaged_parameters, other.parameters(), strict=True):
+        assert shard.placements == parameter.placements
+    train(other, resumed, 5, 9)
+    assert (resumed.updates, resumed.n_averaged) == (9, optimizer.n_averaged + 2)
+
+
 CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
