@@ -70,7 +70,7 @@ class RunningAverage:
         else:
             total = 1.0
             self._tensors = self.backend.copies(variables)
-            self._leaves = _leaves_of(variables)
+            self._leaves = leaves_of(variables)
             self._known = list(variables)
         self.total = total
         self.n_averaged += 1
@@ -88,7 +88,7 @@ class RunningAverage:
         if not self.n_averaged:
             return
         if not _same_objects(self._known, variables):
-            new = _leaves_of(variables)
+            new = leaves_of(variables)
             held = self._leaves
             if len(new) == len(held):
                 # Keras numbers layer names through a process (dense, dense_1), so a rebuilt model
@@ -170,7 +170,8 @@ def _same_objects(known: Sequence[Any], now: Sequence[Any]) -> bool:
     return len(known) == len(now) and all(a is b for a, b in zip(known, now, strict=True))
 
 
-def _leaves_of(variables: Sequence[Variable]) -> dict[str, _Leaf]:
+def leaves_of(variables: Sequence[Variable]) -> dict[str, _Leaf]:
+    """What an average knows of variables, by path; a path that stands there twice is numbered."""
     leaves: dict[str, _Leaf] = {}
     for variable in variables:
         path, number = variable.path, 2

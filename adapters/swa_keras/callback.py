@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -364,18 +364,39 @@ class SWA(keras.callbacks.Callback):
         files.write(path, self.state_dict(), self.config)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], **arguments: Any) -> SWA:
-        """A callback that goes on from what ``save`` wrote.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: keras.Model | None = None,
+        names: Mapping[str, str] | None = None,
+        transform: Mapping[str, Callable[[Any], Any]] | None = None,
+        **arguments: Any,
+    ) -> SWA:
+        """A callback that goes on from an average in a file.
 
         Args:
           path: the file.
+          model: needed for what another framework has saved; built.
+          names: then, for every trainable variable of the model, by path, the name in the file; by
+            default they are the same.
+          transform: for variables that lie otherwise in the file, by path, a function that makes
+            the one numpy array out of the other (``numpy.transpose`` for the weight of a torch
+            ``Linear``).
           arguments: as for ``SWA``, beside the configuration, which comes from the file.
 
         Raises:
-          StateError: no saved average, damaged, of a newer version or another adapter.
+          StateError: no saved average, damaged, of a newer version; of another adapter, and no
+            model was given.
+          StructureError: of other variables than the model's.
           OSError: the file cannot be read.
         """
-        config, saved = files.read(path)
+        if model is None and (names is not None or transform is not None):
+            raise TypeError("names and transform are for the variables of a model: model=...")
+        if model is None:
+            config, saved = files.read(path)
+        else:
+            config, saved = files.read_for(model, path, names, transform)
         swa = cls(config, **arguments)
         swa.load_state_dict(saved)
         return swa

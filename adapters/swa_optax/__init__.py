@@ -1,6 +1,7 @@
 """Weight averaging (SWA, EMA) for JAX: a gradient transformation for the end of an optax chain."""
 
 from swa_optax.batch_norm import update_bn
+from swa_optax.files import load_average, save_average
 from swa_optax.learning_rate import swa_lr
 from swa_optax.reading import averaged_params, finalize, n_averaged, n_skipped
 from swa_optax.saving import state_from_dict, state_to_dict
@@ -9,8 +10,10 @@ from swa_optax.transform import swa
 __all__ = [
     "averaged_params",
     "finalize",
+    "load_average",
     "n_averaged",
     "n_skipped",
+    "save_average",
     "state_from_dict",
     "state_to_dict",
     "swa",

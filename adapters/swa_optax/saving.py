@@ -78,28 +78,36 @@ def state_from_dict(
             hint="load an earlier checkpoint.",
         )
     held = {path: np.asarray(leaf) for path, leaf in saved["average"].items()}
-    own = _named(now.average)
-    check_leaves(
-        held, own, "cannot load the saved average", "load it into the model it was saved with."
-    )
-    average = [placed_like(held[path], own[path]) for path in own]
-    restored = SWAState(
-        updates=jnp.array(counters["updates"], jnp.int32),
-        n_averaged=jnp.array(counters["n_averaged"], jnp.int32),
-        n_skipped=jnp.array(counters["n_skipped"], jnp.int32),
-        total=jnp.array(counters["total"], jnp.float32),
+    hint = "load it into the model it was saved with."
+    check_leaves(held, named(now.average), "cannot load the saved average", hint)
+    return restored(opt_state, now, SWAState(**counters, average=held))
+
+
+def restored(opt_state: Tree, now: SWAState, found: SWAState) -> Tree:
+    """An optimizer state with one average in the place of another.
+
+    Args:
+      opt_state: of any nesting.
+      now: the average in it.
+      found: what comes in its place: Python's counters, and arrays by path.
+    """
+    own = named(now.average)
+    average = [placed_like(found.average[path], own[path]) for path in own]
+    new = SWAState(
+        updates=jnp.array(found.updates, jnp.int32),
+        n_averaged=jnp.array(found.n_averaged, jnp.int32),
+        n_skipped=jnp.array(found.n_skipped, jnp.int32),
+        total=jnp.array(found.total, jnp.float32),
         average=jax.tree.unflatten(jax.tree.structure(now.average), average),
     )
-    return jax.tree.map(
-        lambda part: restored if is_state(part) else part, opt_state, is_leaf=is_state
-    )
+    return jax.tree.map(lambda part: new if is_state(part) else part, opt_state, is_leaf=is_state)
 
 
 def _by_name(average: Tree) -> dict[str, Any]:
-    return {path: np.array(leaf) for path, leaf in _named(average).items()}
+    return {path: np.array(leaf) for path, leaf in named(average).items()}
 
 
-def _named(average: Tree) -> dict[str, Any]:
+def named(average: Tree) -> dict[str, Any]:
     """The leaves of an average by printed path, which must tell them apart."""
     named: dict[str, Any] = {}
     for path, leaf in leaves(average).items():

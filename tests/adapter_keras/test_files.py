@@ -8,7 +8,15 @@ import pytest
 import safetensors.numpy
 from adapter_keras.small_models import dense, fit, same, weights, with_batch_norm
 
-from swa_core import EMA, StateError, SWAConfig, SWAState, load_average, save_average
+from swa_core import (
+    EMA,
+    StateError,
+    StructureError,
+    SWAConfig,
+    SWAState,
+    load_average,
+    save_average,
+)
 from swa_keras import SWA
 
 CONFIG = SWAConfig(start="25%", every="1step", rule=EMA(0.7))
@@ -72,6 +80,41 @@ def test_the_averages_lie_under_the_paths_of_the_variables(tmp_path):
     same([found[v.path] for v in model.trainable_variables], swa.averaged_weights)
     state = load_average(tmp_path / "swa").state
     assert (state.updates, state.n_averaged) == (16, 13)
+
+
+def test_an_average_of_another_framework_goes_on_here(tmp_path):
+    model = dense()
+    kernel, bias, kernel_1, bias_1 = model.trainable_variables
+    average = {
+        "0.weight": np.full((5, 4), 1, "f4"),
+        "0.bias": np.full(5, 2, "f4"),
+        "1.weight": np.full((1, 5), 3, "f4"),
+        "1.bias": np.full(1, 4, "f4"),
+    }
+    config = SWAConfig(start="8step", every="4step")
+    state = SWAState(9, 1, 0, 1.0, average)
+    save_average(tmp_path / "torch", state, config, framework="torch", schedule=(8, 4, None))
+    # In any order.
+    names = {bias_1.path: "1.bias", kernel.path: "0.weight"}
+    names |= {kernel_1.path: "1.weight", bias.path: "0.bias"}
+    transform = {v.path: np.transpose for v in (kernel, kernel_1)}
+    swa = SWA.load(tmp_path / "torch", model=model, names=names, transform=transform)
+    same(
+        swa.averaged_weights,
+        [np.full(v.shape, n + 1.0) for n, v in enumerate(model.trainable_variables)],
+    )
+    fit(model, swa, epochs=2)
+    assert (swa.updates, swa.n_averaged) == (17, 3)
+    with pytest.raises(StructureError, match=r"leaf '0\.bias' is missing"):
+        SWA.load(tmp_path / "torch", model=model)
+    with pytest.raises(StructureError, match="has shape"):
+        SWA.load(tmp_path / "torch", model=model, names=names)
+    with pytest.raises(TypeError, match="model="):
+        SWA.load(tmp_path / "torch", names=names)
+    counts = {"1.bias": (0, 0.0)}
+    save_average(tmp_path / "counts", state, config, counts=counts)
+    with pytest.raises(StructureError, match="joined it later"):
+        SWA.load(tmp_path / "counts", model=model, names=names, transform=transform)
 
 
 def test_a_file_of_somebody_else_is_refused(tmp_path):
