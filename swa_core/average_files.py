@@ -196,11 +196,41 @@ def load_average(path: str | os.PathLike[str]) -> AverageFile:
     """
     name = os.path.basename(path)
     arrays, metadata = safetensors_files.read(path)
-    if _KEY not in metadata:
+    described, saved = _described(name, metadata)
+    if described is None:
         raise StateError(
             f"{name} holds arrays, but no saved average.",
             hint="load a file that save_average, or save of an adapter, has written.",
         )
+    try:
+        arrays |= {key: _complex(arrays[key]) for key in saved.get("complex128", [])}
+        beside = {key.removeprefix(_BESIDE): arrays.pop(key) for key in saved.get("beside", [])}
+        counts = {key: (int(n), float(t)) for key, (n, t) in saved.get("counts", {}).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(name, f"its arrays are not those it describes ({error!r})") from error
+    for key, array in arrays.items():
+        if not trees.is_inexact(array.dtype):
+            raise _damaged(name, f"array '{key}' has dtype {array.dtype}, and is no average")
+    state = described.state._replace(average=arrays)
+    return described._replace(state=state, beside=beside, counts=counts)
+
+
+def description(name: str, metadata: Mapping[str, str]) -> AverageFile | None:
+    """What the strings of a file say of its average, without the arrays; None where it is none.
+
+    Args:
+      name: of the file, for messages.
+      metadata: of a safetensors file.
+
+    Raises:
+      StateError: damaged, or of a newer version.
+    """
+    return _described(name, metadata)[0]
+
+
+def _described(name: str, metadata: Mapping[str, str]) -> tuple[AverageFile | None, dict[str, Any]]:
+    if _KEY not in metadata:
+        return None, {}
     try:
         saved = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
@@ -211,29 +241,20 @@ def load_average(path: str | os.PathLike[str]) -> AverageFile:
     except (ConfigError, TypeError) as error:
         raise _damaged(name, f"its configuration is none ({error})") from error
     versions, extra = saved.get("versions", {}), saved.get("extra", {})
-    others, pairs = saved.get("beside", []), saved.get("complex128", [])
     if not isinstance(versions, dict) or not isinstance(extra, dict):
         raise _damaged(name, "its description is none of an average")
-    try:
-        arrays |= {key: _complex(arrays[key]) for key in pairs}
-        beside = {key.removeprefix(_BESIDE): arrays.pop(key) for key in others}
-        counts = {key: (int(n), float(t)) for key, (n, t) in saved.get("counts", {}).items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(name, f"its arrays are not those it describes ({error!r})") from error
-    for key, array in arrays.items():
-        if not trees.is_inexact(array.dtype):
-            raise _damaged(name, f"array '{key}' has dtype {array.dtype}, and is no average")
     schedule = saved.get("schedule")
-    return AverageFile(
-        SWAState(**counters, average=arrays),
+    described = AverageFile(
+        SWAState(**counters, average={}),
         config,
         None if schedule is None else read_schedule(schedule),
         saved.get("framework"),
         versions,
         extra,
-        beside,
-        counts,
+        beside={},
+        counts={},
     )
+    return described, saved
 
 
 def _complex(pairs: npt.NDArray[Any]) -> npt.NDArray[Any]:
