@@ -88,14 +88,27 @@ def write(
             "data_offsets": [place, place + array.nbytes],
         }
         place += array.nbytes
-    text = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
-    text += b" " * (-len(text) % 8)
     with replacing(path) as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
+        file.write(packed(header))
         for name in ordered:
             if prepared[name][0].nbytes:
                 file.write(np.ascontiguousarray(prepared[name][0]).reshape(-1).view(np.uint8).data)
+
+
+def packed(header: Mapping[str, Any]) -> bytes:
+    """The beginning of a file: the length of the header, and the header."""
+    text = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def kind_of(entry: Entry) -> str:
+    """What the format calls the dtype of an entry.
+
+    >>> kind_of(Entry(np.dtype("uint16"), (1,), 0, 2, is_bfloat16=True))
+    'BF16'
+    """
+    return "BF16" if entry.is_bfloat16 else _NAMES[entry.dtype]
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, str]]:

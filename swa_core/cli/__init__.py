@@ -1,4 +1,4 @@
-"""The command ``swa``: plan a training, look into a file."""
+"""The command ``swa``: average checkpoints, plan a training, look into a file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from swa_core.cli import inspect, plan
+from swa_core.cli import average, inspect, plan
 from swa_core.errors import SWAError
 
-COMMANDS = {"plan": plan, "inspect": inspect}
+COMMANDS = {"average": average, "plan": plan, "inspect": inspect}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         COMMANDS[options.command].run(options)
+    except average.UsageError as error:
+        parser.error(f"{options.command}: {error}")
     except (SWAError, OSError) as error:
         print(f"swa {options.command}: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,319 @@
+"""The average of saved checkpoints, piece by piece, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from swa_core.atomic import replacing
+from swa_core.checkpoints.arithmetic import accumulator, mean, narrowed, widened
+from swa_core.checkpoints.opening import open_checkpoint
+from swa_core.checkpoints.tensors import Array, Checkpoint, Piece, Spec
+from swa_core.errors import StateError, StructureError
+
+Integers = Literal["equal", "last", "first"]
+_PIECE = 1 << 18  # elements: a megabyte of float32 stays in the cache
+_THREADS = 2
+_HINT = "average checkpoints of one model."
+
+
+class Plan(NamedTuple):
+    """What an average of checkpoints will read and write.
+
+    Attributes:
+      inputs: the checkpoints, the oldest first.
+      weights: of each, relative to one another.
+      tensors: what the result holds.
+      averaged: how many tensors are averaged; the others are integers or booleans.
+      bytes_read: of all inputs.
+      bytes_written: of the result.
+    """
+
+    inputs: list[str]
+    weights: list[float]
+    tensors: dict[str, Spec]
+    averaged: int
+    bytes_read: int
+    bytes_written: int
+
+
+def average(
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "float32",
+    integers: Integers = "equal",
+    allow_missing: bool = False,
+    force: bool = False,
+    hashes: bool = True,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """Averages checkpoints into one of the kind, dtypes, layout and metadata of the first.
+
+    Every tensor is summed in float32 or wider and divided and rounded once. Nothing of a
+    checkpoint is executed, and what it claims is checked against its files. Beside the result lies
+    ``<out>.provenance.json``: inputs, their SHA-256, weights, versions.
+
+    Args:
+      paths: the checkpoints, the oldest first; see ``open_checkpoint`` for kinds.
+      out: the result; written whole or not at all.
+      weights: of each checkpoint, relative to one another; equal by default.
+      dtype: to sum in at least, "float32" or "float64".
+      integers: what becomes of tensors that are not averaged: "equal" wants the same in all,
+        "last" and "first" take that of one.
+      allow_missing: average a tensor over the checkpoints that have it.
+      force: replace what stands at ``out``.
+      hashes: whether to put SHA-256 into the provenance, which reads every file once more.
+      dry_run: check everything, and write nothing.
+      progress: called with the bytes read so far and in all.
+
+    Returns:
+      What was read and written.
+
+    Raises:
+      ValueError: no checkpoint, or weights that are none.
+      FileExistsError: ``out`` is there already.
+      StructureError: tensors differ in names, shapes or dtypes, naming them.
+      StateError: a checkpoint is damaged, holds NaN or Inf, or integers that differ, naming file
+        and tensor.
+      OSError: a file cannot be read or written.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for number in (1, 2, 6):
+    ...     np.savez(folder / f"{number}.npz", w=np.float32([number, 0]))
+    >>> plan = average(sorted(folder.glob("*.npz")), folder / "mean.npz")
+    >>> np.load(folder / "mean.npz")["w"]
+    array([3., 0.], dtype=float32)
+    """
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f'dtype must be "float32" or "float64", got {dtype!r}')
+    if integers not in ("equal", "last", "first"):
+        raise ValueError(f'integers must be "equal", "last" or "first", got {integers!r}')
+    shares = _weights(weights, len(paths))
+    target = Path(out)
+    with ExitStack() as stack:
+        checkpoints = []
+        for path in paths:
+            checkpoint = open_checkpoint(path)
+            stack.callback(checkpoint.close)
+            checkpoints.append(checkpoint)
+        job = _Job(checkpoints, shares, dtype, integers, allow_missing)
+        plan = job.plan()
+        _check_target(target, plan, [file for c in checkpoints for file in c.files], force=force)
+        if dry_run:
+            return plan
+        with checkpoints[0].writing(target) as write:
+            write(job.pieces(progress or (lambda done, of: None)))
+        _write_provenance(target, checkpoints, plan, hashes=hashes)
+    return plan
+
+
+class _Job:
+    """Checkpoints that were found to fit each other."""
+
+    def __init__(
+        self,
+        checkpoints: list[Checkpoint],
+        weights: list[float],
+        dtype: str,
+        integers: Integers,
+        allow_missing: bool,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.weights = weights
+        self.least = dtype
+        self.integers = integers
+        self.tensors = checkpoints[0].tensors
+        self.threads = _THREADS if all(c.is_random for c in checkpoints) else 1
+        _check_same(checkpoints, allow_missing=allow_missing)
+        # Who has a tensor; all of them, unless some may be missing.
+        self.holders = {
+            name: [place for place, c in enumerate(checkpoints) if name in c.tensors]
+            for name in self.tensors
+        }
+        for name, spec in self.tensors.items():
+            if spec.is_averaged and sum(weights[place] for place in self.holders[name]) <= 0:
+                raise StructureError(
+                    f"tensor '{name}' is only in checkpoints whose weights have no sum above 0.",
+                    hint=_HINT,
+                )
+
+    def plan(self) -> Plan:
+        return Plan(
+            [str(c.path) for c in self.checkpoints],
+            self.weights,
+            dict(self.tensors),
+            sum(spec.is_averaged for spec in self.tensors.values()),
+            sum(s.bytes * len(self.holders[name]) for name, s in self.tensors.items()),
+            sum(spec.bytes for spec in self.tensors.values()),
+        )
+
+    def pieces(self, progress: Callable[[int, int], None]) -> Iterator[tuple[Piece, Array]]:
+        """The result, piece by piece in the order of the first checkpoint; a few ahead."""
+        total, done = self.plan().bytes_read, 0
+        pool = ThreadPoolExecutor(self.threads)
+        try:
+            waiting: deque[tuple[Piece, Future[Array]]] = deque()
+            for piece in self._cut():
+                waiting.append((piece, pool.submit(self._averaged, piece)))
+                if len(waiting) <= self.threads:
+                    continue
+                done += self._size(waiting[0][0])
+                yield waiting[0][0], waiting.popleft()[1].result()
+                progress(done, total)
+            for piece, result in waiting:
+                done += self._size(piece)
+                yield piece, result.result()
+                progress(done, total)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _cut(self) -> Iterator[Piece]:
+        for name, spec in self.tensors.items():
+            for begin in range(0, spec.elements, _PIECE):
+                yield Piece(name, begin, min(begin + _PIECE, spec.elements))
+
+    def _size(self, piece: Piece) -> int:
+        itemsize = self.tensors[piece.name].storage.itemsize
+        return (piece.end - piece.begin) * itemsize * len(self.holders[piece.name])
+
+    def _averaged(self, piece: Piece) -> Array:
+        spec = self.tensors[piece.name]
+        holders = self.holders[piece.name]
+        if not spec.is_averaged:
+            return self._agreed(piece, holders)
+        dtype = accumulator(spec, self.least)
+        counted = [place for place in holders if self.weights[place]]
+        result = mean(
+            ((self.checkpoints[p].read(piece), self.weights[p]) for p in counted), spec, dtype
+        )
+        if not np.isfinite(result).all():
+            self._blame(piece, spec, counted)
+        return narrowed(result, spec)
+
+    def _agreed(self, piece: Piece, holders: list[int]) -> Array:
+        if self.integers != "equal":
+            return self.checkpoints[holders[-1 if self.integers == "last" else 0]].read(piece)
+        first = self.checkpoints[holders[0]].read(piece)
+        for place in holders[1:]:
+            if not np.array_equal(self.checkpoints[place].read(piece), first):
+                a, b = (self.checkpoints[p].path.name for p in (holders[0], place))
+                raise StateError(
+                    f"tensor '{piece.name}' of {self.tensors[piece.name].dtype} differs between "
+                    f"{a} and {b}, and whole numbers are not averaged.",
+                    hint='say integers="last" or "first" (--integers last).',
+                )
+        return first
+
+    def _blame(self, piece: Piece, spec: Spec, counted: list[int]) -> None:
+        """Names the checkpoint that made a mean NaN or Inf."""
+        for place in counted:
+            numbers = widened(
+                self.checkpoints[place].read(piece), spec, accumulator(spec, "float32")
+            )
+            if not np.isfinite(numbers).all():
+                raise StateError(
+                    f"tensor '{piece.name}' of {self.checkpoints[place].path.name} holds NaN or "
+                    "Inf.",
+                    hint="leave that checkpoint out.",
+                )
+        raise StateError(
+            f"the sum of tensor '{piece.name}' overflows {self.least}.",
+            hint='say dtype="float64" (--dtype float64).',
+        )
+
+
+def _weights(weights: Sequence[float] | None, n: int) -> list[float]:
+    if not n:
+        raise ValueError("there are no checkpoints to average")
+    found = [1.0] * n if weights is None else [float(weight) for weight in weights]
+    if len(found) != n:
+        raise ValueError(f"{len(found)} weights were given for {n} checkpoints")
+    # Negative ones take the beginning out of a running average.
+    if not all(map(math.isfinite, found)) or sum(found) <= 0:
+        raise ValueError(f"weights must be numbers with a sum above 0, got {found}")
+    return found
+
+
+def _check_same(checkpoints: list[Checkpoint], *, allow_missing: bool) -> None:
+    """Refuses checkpoints of other tensors than the first has."""
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        missing = [name for name in first.tensors if name not in other.tensors]
+        more = [name for name in other.tensors if name not in first.tensors]
+        if more or (missing and not allow_missing):
+            parts = []
+            if missing:
+                parts.append(f"{other.path.name} lacks {_listed(missing)}")
+            if more:
+                parts.append(f"{first.path.name} lacks {_listed(more)}")
+            raise StructureError(
+                f"the checkpoints have not the same tensors: {'; '.join(parts)}.",
+                hint=f"{_HINT} allow_missing (--allow-missing) averages each tensor over those "
+                "that have it; the first checkpoint has to have all.",
+            )
+        for name, spec in first.tensors.items():
+            if name in other.tensors and other.tensors[name] != spec:
+                there = other.tensors[name]
+                raise StructureError(
+                    f"tensor '{name}' is {spec.dtype} of shape {spec.shape} in {first.path.name}, "
+                    f"and {there.dtype} of shape {there.shape} in {other.path.name}.",
+                    hint=_HINT,
+                )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"'{n}'" for n in names[:5]) + (
+        f" and {len(names) - 5} more" if names[5:] else ""
+    )
+
+
+def _check_target(target: Path, plan: Plan, inputs: list[Path], *, force: bool) -> None:
+    if target.exists():
+        if not force:
+            raise FileExistsError(f"{target} is there already; force (--force) replaces it")
+        here = target.resolve()
+        if any(file.resolve().is_relative_to(here) for file in inputs):
+            raise FileExistsError(f"{target} is one of the checkpoints to be averaged")
+    folder = target.parent
+    if folder.exists() and shutil.disk_usage(folder).free < plan.bytes_written:
+        raise OSError(f"{plan.bytes_written} bytes are to be written, and {folder} has no room")
+
+
+def _write_provenance(
+    target: Path, checkpoints: list[Checkpoint], plan: Plan, *, hashes: bool
+) -> None:
+    from swa_core import __version__
+
+    inputs: list[dict[str, Any]] = [
+        {
+            "path": str(checkpoint.path),
+            "weight": weight,
+            "files": {file.name: _sha256(file) if hashes else None for file in checkpoint.files},
+        }
+        for checkpoint, weight in zip(checkpoints, plan.weights, strict=True)
+    ]
+    versions = {"swa_core": __version__, "numpy": np.__version__}
+    said = {"inputs": inputs, "versions": versions | {"python": platform.python_version()}}
+    with replacing(target.with_name(target.name + ".provenance.json")) as file:
+        file.write((json.dumps(said, indent=2) + "\n").encode())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
