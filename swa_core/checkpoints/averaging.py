@@ -54,6 +54,7 @@ def average(
     out: str | os.PathLike[str],
     *,
     weights: Sequence[float] | None = None,
+    key: str | None = None,
     dtype: str = "float32",
     integers: Integers = "equal",
     allow_missing: bool = False,
@@ -72,6 +73,7 @@ def average(
       paths: the checkpoints, the oldest first; see ``open_checkpoint`` for kinds.
       out: the result; written whole or not at all.
       weights: of each checkpoint, relative to one another; equal by default.
+      key: the part of each checkpoint that is averaged, where they have several ("model").
       dtype: to sum in at least, "float32" or "float64".
       integers: what becomes of tensors that are not averaged: "equal" wants the same in all,
         "last" and "first" take that of one.
@@ -109,7 +111,7 @@ def average(
     with ExitStack() as stack:
         checkpoints = []
         for path in paths:
-            checkpoint = open_checkpoint(path)
+            checkpoint = open_checkpoint(path, key=key)
             stack.callback(checkpoint.close)
             checkpoints.append(checkpoint)
         job = _Job(checkpoints, shares, dtype, integers, allow_missing)

@@ -19,12 +19,17 @@ _OWN: tuple[Callable[[Path], Checkpoint | None], ...] = (
 )
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> Checkpoint:
     """Opens a checkpoint of any kind that is known here, to be closed. No tensor is read yet.
 
     Known are safetensors (a file, or the folder or index of a sharded one), npz, and what
-    installed packages declare under the entry point "swa_core.checkpoints": functions that take a
-    path and give a ``Checkpoint``, or None if it is none of theirs.
+    installed packages declare under the entry point "swa_core.checkpoints" (swa_torch the files of
+    torch.save): functions that take a path and a key and give a ``Checkpoint``, or None if it is
+    none of theirs.
+
+    Args:
+      path: of a file or folder.
+      key: the part of the checkpoint that is meant, where it may have several ("model").
 
     Raises:
       StateError: of no known kind, or damaged.
@@ -43,11 +48,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     for sniff in _OWN:
         if (found := sniff(path)) is not None:
+            if key is not None:
+                found.close()
+                raise StateError(f"{path.name} has no parts such as '{key}'.", hint="say no key.")
             return found
     for point in entry_points(group=ENTRY_POINTS):
-        if (found := cast("Checkpoint | None", point.load()(path))) is not None:
+        if (found := cast("Checkpoint | None", point.load()(path, key))) is not None:
             return found
     raise StateError(
         f"{path.name} is no checkpoint of a kind that is known here.",
-        hint="known are *.safetensors, folders with *.safetensors.index.json, and *.npz.",
+        hint="known are *.safetensors, folders with *.safetensors.index.json, *.npz, and with the "
+        "extra torch *.pt, *.pth, *.bin and *.ckpt.",
     )

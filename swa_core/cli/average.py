@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "snapshots between them",
     )
     add("--weights", type=_numbers, help="one for each checkpoint: 1,2,3")
+    add("--key", help="the part to average of checkpoints that hold more, such as model")
     add("--dtype", choices=("float32", "float64"), default="float32", help="to sum in")
     add("--integers", choices=("equal", "last", "first"), default="equal")
     add("--allow-missing", action="store_true", help="average tensors over those who have them")
@@ -70,6 +71,7 @@ def run(options: argparse.Namespace) -> None:
             paths,
             options.out,
             weights=weights,
+            key=options.key,
             # The difference of two sums needs the digits that it loses.
             dtype="float64" if options.window else options.dtype,
             integers=options.integers,
