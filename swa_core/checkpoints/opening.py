@@ -23,9 +23,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
     """Opens a checkpoint of any kind that is known here, to be closed. No tensor is read yet.
 
     Known are safetensors (a file, or the folder or index of a sharded one), npz, and what
-    installed packages declare under the entry point "swa_core.checkpoints" (swa_torch the files of
-    torch.save): functions that take a path and a key and give a ``Checkpoint``, or None if it is
-    none of theirs.
+    installed packages declare under the entry point "swa_core.checkpoints", by suffix or "folder"
+    (swa_torch the files of torch.save, swa_keras its own): functions that take a path and a key and
+    give a ``Checkpoint``, or None if it is none of theirs.
 
     Args:
       path: of a file or folder.
@@ -52,11 +52,13 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
                 found.close()
                 raise StateError(f"{path.name} has no parts such as '{key}'.", hint="say no key.")
             return found
-    for point in entry_points(group=ENTRY_POINTS):
+    # Named by suffix, so that no framework is imported for the files of another.
+    kind = "folder" if path.is_dir() else path.suffix
+    for point in entry_points(group=ENTRY_POINTS, name=kind):
         if (found := cast("Checkpoint | None", point.load()(path, key))) is not None:
             return found
     raise StateError(
         f"{path.name} is no checkpoint of a kind that is known here.",
-        hint="known are *.safetensors, folders with *.safetensors.index.json, *.npz, and with the "
-        "extra torch *.pt, *.pth, *.bin and *.ckpt.",
+        hint="known are *.safetensors, folders with *.safetensors.index.json, *.npz; with the "
+        "extra torch *.pt, *.pth, *.bin and *.ckpt; with keras *.weights.h5 and *.keras.",
     )
