@@ -31,11 +31,15 @@ def tests(session: nox.Session) -> None:
     if session.posargs:
         session.run("pytest", *session.posargs, env=env)
         return
+    # A file's tests stay together: some share what is slow to start. Every process holds three
+    # frameworks, so more cores are not taken.
+    parallel = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
     first, *others = KERAS_BACKENDS
-    session.run("pytest", f"--keras-backend={first}", env=env)
+    session.run("pytest", *parallel, f"--keras-backend={first}", env=env)
     for backend in others:
         session.run(
             "pytest",
+            *parallel,
             f"--keras-backend={backend}",
             "tests/adapter_keras",
             "tests/differential",
