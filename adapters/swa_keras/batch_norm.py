@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import keras
@@ -13,10 +13,14 @@ import numpy.typing as npt
 
 from swa_core import BatchNormError, SWAWarning
 from swa_keras.backend import current
-from swa_keras.batches import inputs_of
+from swa_keras.batches import Verbose, batches_of, tensors_of, with_bar, x_of
 from swa_keras.model_state import layers_of, state_variables, synced
+from swa_keras.preserving import preserved_modules, preserved_random
 
-Record = tuple[Any, Any, Any, Any]
+Forward = Callable[[Any, Any], Any]
+
+# How layers that keep statistics of batches call them, here and elsewhere.
+_NAMES = ({"moving_mean", "moving_variance"}, {"running_mean", "running_var"})
 
 
 class Statistics(NamedTuple):
@@ -27,35 +31,58 @@ class Statistics(NamedTuple):
     variance: npt.NDArray[np.float64]
 
 
-def update_bn(model: keras.Model, data: Any, *, batch_size: int = 32) -> None:
+def update_bn(
+    model: keras.Model,
+    data: Any,
+    *,
+    batch_size: int = 32,
+    steps: int | None = None,
+    forward: Forward | None = None,
+    verbose: Verbose = "auto",
+) -> None:
     """Recomputes the running statistics of batch norm for the weights the model has now.
 
     The statistics are those of the pooled data, in one pass: ``E[var + mean^2] - mean^2`` over
-    the batches, weighted by the number of elements (by the mask, where there is one), in float64,
-    with the biased variance that Keras keeps. Each batch is normalised by its own statistics on
-    the way, as in training. Frozen layers and layers that ``data`` never reaches are left alone.
-    Nothing else in the model changes (seeds, momentum, optimizer, metrics), and nothing at all if
-    an exception is raised.
+    the batches, weighted by the number of elements (by the mask, where there is one; not by
+    sample weights, which batch norm knows nothing of), in float64, with the biased variance that
+    Keras keeps. Each batch is normalised by its own statistics on the way, as in training.
+    Nothing else in the model changes (seeds, momentum, optimizer, metrics, states of RNNs), no
+    random number generator moves on, and nothing at all changes if an exception is raised.
+
+    Left alone are frozen layers, layers that ``data`` never reaches or that are called with
+    ``training=False``, and layers that are no ``keras.layers.BatchNormalization``: a warning names
+    those that look like batch norm. SpectralNormalization does not renormalise its kernel on the
+    way, because the statistics are for the kernel the model has now.
 
     Args:
       model: a built model. Without batch norm nothing is done, and a warning says so.
       data: training data, in any form that ``fit`` takes: arrays, a tuple (x, y), a
-        tf.data.Dataset, a PyDataset, a DataLoader, a generator or list of batches.
+        tf.data.Dataset, a PyDataset (read by its workers, if it has some), a DataLoader, a
+        generator or list of batches; or a function that returns one of these. A list of arrays
+        is one of batches; for a model with several inputs, of its inputs.
       batch_size: for arrays; take that of the training.
+      steps: the number of batches to read, for data without an end.
+      forward: called as ``forward(model, batch)`` for every batch, where ``model(x,
+        training=True)`` is not how the model is trained (a ``train_step`` of its own, batches
+        that are not x, y). A batch of arrays comes as a tuple.
+      verbose: "auto" and 1 show a progress bar, 2 one line at the end, 0 nothing.
 
     Raises:
       BatchNormError: no data, data without an end, a model that is not built, batch
-        renormalisation, momentum 1, statistics with NaN or Inf. The model stays as it was.
+        renormalisation, momentum 1, a subclass that computes its statistics by itself, or
+        statistics with NaN or Inf. The model stays as it was.
 
     Source:
       Izmailov et al. 2018, arXiv:1803.05407, Alg. 1; Chan et al. 1983 (the pooling).
 
     >>> layer = keras.layers.BatchNormalization()
     >>> model = keras.Sequential([keras.Input((1,)), layer])
-    >>> update_bn(model, np.float32([[0], [2], [4]]), batch_size=2)
+    >>> update_bn(model, np.float32([[0], [2], [4]]), batch_size=2, verbose=0)
     >>> float(layer.moving_mean[0]), round(float(layer.moving_variance[0]), 4)
     (2.0, 2.6667)
     """
+    if others := of_lookalikes(model):
+        warnings.warn(f"update_bn: {others}", SWAWarning, stacklevel=2)
     if not has_batch_norm(model):
         warnings.warn(
             "update_bn: the model has no batch norm to update, so nothing was done.",
@@ -63,7 +90,8 @@ def update_bn(model: keras.Model, data: Any, *, batch_size: int = 32) -> None:
             stacklevel=2,
         )
         return
-    assign(pooled_statistics(model, data, batch_size=batch_size))
+    recalibration = Recalibration(model, forward)
+    assign(recalibration.statistics(data, batch_size=batch_size, steps=steps, verbose=verbose))
 
 
 def has_batch_norm(model: Any) -> bool:
@@ -71,94 +99,246 @@ def has_batch_norm(model: Any) -> bool:
     return bool(_layers(model))
 
 
+def check(model: Any) -> None:
+    """Refuses what cannot be recomputed, before any data is read.
+
+    Raises:
+      BatchNormError: batch renormalisation, momentum 1, or a model that is not built.
+    """
+    if not model.built:
+        raise BatchNormError(
+            f"cannot recompute the batch-norm statistics of model '{model.name}': it is not built.",
+            hint="call the model on a batch first, or model.build().",
+        )
+    for layer in _layers(model):
+        _check(layer)
+
+
+def of_lookalikes(model: Any) -> str | None:
+    """Names the layers that keep statistics like batch norm's and are none that we know."""
+    found = _lookalikes(model)
+    if not found:
+        return None
+    return (
+        f"{', '.join(found)} keep running statistics, but are no "
+        "keras.layers.BatchNormalization: these stay those of the training weights. Recompute "
+        "them in the layers' own way, with the average in the model."
+    )
+
+
 def assign(statistics: list[Statistics]) -> None:
     """Makes pooled statistics the running ones of their layers."""
     for layer, mean, variance in statistics:
-        layer.moving_mean.assign(mean.astype(np.float32))
-        layer.moving_variance.assign(variance.astype(np.float32))
+        for variable, value in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
+            # Half precision is rounded by Keras, for numpy does not know all of it.
+            wide = "float64" if variable.dtype == "float64" else "float32"
+            variable.assign(value.astype(wide))
 
 
-def pooled_statistics(model: Any, data: Any, *, batch_size: int = 32) -> list[Statistics]:
+def pooled_statistics(
+    model: Any,
+    data: Any,
+    *,
+    batch_size: int = 32,
+    steps: int | None = None,
+    verbose: Verbose = 0,
+) -> list[Statistics]:
     """What ``update_bn`` assigns, without assigning it; the model is not changed."""
-    synced(model)
-    layers = _layers(model)
-    for layer in layers:
-        _check(layer)
-    with current().forked_random():
-        pools = _pools(model, layers, inputs_of(data, batch_size))
-    found = [
-        pool.statistics(layer) for layer, pool in zip(layers, pools, strict=True) if pool.count > 0
-    ]
-    if spoilt := [layer.name for layer, *values in found if not np.isfinite(values).all()]:
-        raise BatchNormError(
-            f"the statistics of {', '.join(spoilt)} would hold NaN or Inf.",
-            hint="look for them in the data and in the weights.",
-        )
-    return found
+    recalibration = Recalibration(model)
+    return recalibration.statistics(data, batch_size=batch_size, steps=steps, verbose=verbose)
 
 
-def _pools(model: Any, layers: list[Any], inputs: Iterator[Any]) -> list[_Pool]:
-    forward = current().compiled(_recorder(model, layers))
-    state = [v.value for v in state_variables(model)]
-    rest = [v.value for v in _other_variables(model)]
-    pools = [_Pool() for _ in layers]
-    batches = 0
-    for x in inputs:
-        if not keras.tree.flatten(x)[0].shape[0]:
-            continue
-        batches += 1
-        records, state = forward(rest, state, x)
-        for pool, calls in zip(pools, records, strict=True):
-            for record in calls:
-                mean, lost, variance, count = map(_float64, record)
-                pool.add(mean + lost, variance, float(count[0]))
-    if not batches:
-        raise BatchNormError(
-            "the data held no batch, so there are no batch-norm statistics.",
-            hint="pass the training data; a generator can be read only once.",
+class Recalibration:
+    """The pooled statistics of a model, time after time with one compiled forward pass.
+
+    Args:
+      model: the model.
+      forward: see ``update_bn``.
+    """
+
+    def __init__(self, model: Any, forward: Forward | None = None) -> None:
+        self._model = model
+        self._forward = forward
+        self._compiled: Callable[..., Any] | None = None
+        self._known = self._identity()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A compiled function cannot be copied or pickled, and is built again when needed.
+        return vars(self) | {"_compiled": None}
+
+    def serves(self, model: Any) -> bool:
+        """Whether this is the model, and as it was when the forward pass was compiled.
+
+        Like a compiled ``fit`` it does not see attributes of layers that change (the rate of a
+        Dropout) until the model is compiled again.
+        """
+        now = self._identity() if model is self._model else []
+        return len(now) == len(self._known) and all(
+            a is b for a, b in zip(now, self._known, strict=True)
         )
-    return pools
+
+    def statistics(
+        self, data: Any, *, batch_size: int = 32, steps: int | None = None, verbose: Verbose = 0
+    ) -> list[Statistics]:
+        """The statistics for the weights the model has now; see ``update_bn``."""
+        model = synced(self._model)
+        check(model)
+        layers = _layers(model)
+        # A functional model knows how many inputs it has; of others, one is taken for granted.
+        inputs = getattr(model, "inputs", None)
+        with preserved_random(data), preserved_modules(model):
+            batches, number = batches_of(
+                data,
+                batch_size=batch_size,
+                steps=steps,
+                n_inputs=len(inputs) if isinstance(inputs, list) else 1,
+            )
+            with closing(with_bar(batches, number, verbose)) as shown:
+                pools = self._pools(layers, shown, steps)
+        if not any(pool.reached for pool in pools):
+            warnings.warn(
+                f"SWA: no batch-norm layer was in training mode on this data (the first is "
+                f"'{layers[0].path}'), so the statistics stay as they are. Does the call of the "
+                "model take training, and pass it on?",
+                SWAWarning,
+                stacklevel=3,
+            )
+        found = [
+            pool.statistics(layer)
+            for layer, pool in zip(layers, pools, strict=True)
+            if pool.reached
+        ]
+        if spoilt := [layer.name for layer, *values in found if not np.isfinite(values).all()]:
+            raise BatchNormError(
+                f"the statistics of {', '.join(spoilt)} would hold NaN or Inf.",
+                hint="look for them in the data and in the weights.",
+            )
+        return found
+
+    def _pools(self, layers: list[Any], batches: Iterator[Any], steps: int | None) -> list[_Pool]:
+        model, prepare = self._model, x_of if self._forward is None else tensors_of
+        state = [v.value for v in state_variables(model)]
+        rest = [v.value for v in _other_variables(model)]
+        pools = [_Pool() for _ in layers]
+        used = 0
+        for batch in batches:
+            tensors = prepare(batch)
+            if not keras.tree.flatten(tensors)[0].shape[0]:
+                continue
+            used += 1
+            if self._compiled is None:
+                self._compiled = _compiled(model, _recorder(model, layers, self._forward))
+            records, state = self._compiled(rest, state, tensors)
+            _pool(records, pools)
+        if not used:
+            raise BatchNormError(
+                "the data held no batch, so there are no batch-norm statistics.",
+                hint="pass the training data; a generator can be read only once.",
+            )
+        if steps is not None and used < steps:
+            warnings.warn(
+                f"update_bn: the data ran out after {used} of {steps} steps; the statistics are "
+                "those of what there was.",
+                SWAWarning,
+                stacklevel=4,
+            )
+        return pools
+
+    def _identity(self) -> list[Any]:
+        """What the compiled forward pass is of, to be compared object by object."""
+        model = self._model
+        return [
+            *_layers(model),
+            *state_variables(model),
+            *_other_variables(model),
+            getattr(model, "train_function", None),
+        ]
+
+
+def _pool(records: list[list[Any]], pools: list[_Pool]) -> None:
+    """Adds what the layers' calls recorded of one batch."""
+    flat = [(pool, call) for pool, calls in zip(pools, records, strict=True) for call in calls]
+    if not flat:
+        return
+    # One tensor brought to the host instead of one for each layer.
+    widest = "float64" if any(_is_double(call) for _, call in flat) else "float32"
+    joined = current().to_numpy(
+        keras.ops.concatenate([keras.ops.cast(call, widest) for _, call in flat], axis=1)
+    )
+    begin = 0
+    for pool, call in flat:
+        end = begin + call.shape[1]
+        mean, lost, variance, count = joined[:, begin:end].astype(np.float64)
+        pool.add(mean + lost, variance, count)
+        begin = end
+
+
+def _is_double(tensor: Any) -> bool:
+    return bool(keras.backend.standardize_dtype(tensor.dtype) == "float64")
 
 
 class _Pool:
-    """Moments of everything one layer has seen."""
+    """Moments of everything one layer has seen, a value for each channel."""
 
     def __init__(self) -> None:
-        self.count = 0.0
-        self.mean: Any = 0.0
-        self.squares: Any = 0.0  # the sum of squared distances from the mean
+        self.count: Any = np.zeros(1)
+        self.mean: Any = np.zeros(1)
+        self.squares: Any = np.zeros(1)  # the sum of squared distances from the mean
 
-    def add(self, mean: Any, variance: Any, count: float) -> None:
+    @property
+    def reached(self) -> bool:
+        """Whether there was anything that was not masked."""
+        return bool(self.count.any())
+
+    def add(self, mean: Any, variance: Any, count: Any) -> None:
         """Pools one batch with those before (Chan et al. 1983)."""
-        if not count:  # everything masked
-            return
         total = self.count + count
+        share = np.divide(count, total, out=np.zeros_like(total), where=total > 0)
         distance = mean - self.mean
-        self.squares = self.squares + variance * count + distance**2 * (self.count * count / total)
-        self.mean = self.mean + distance * (count / total)
+        self.squares = self.squares + variance * count + distance**2 * self.count * share
+        self.mean = self.mean + distance * share
         self.count = total
 
     def statistics(self, layer: Any) -> Statistics:
-        shape = tuple(layer.moving_mean.shape)
-        return Statistics(
-            layer, np.reshape(self.mean, shape), np.reshape(self.squares / self.count, shape)
-        )
+        """The statistics; channels that were masked throughout keep theirs."""
+        values = [self.mean, self.squares / np.maximum(self.count, 1)]
+        if not self.count.all():
+            to_numpy = current().to_numpy
+            old = (to_numpy(v.value) for v in (layer.moving_mean, layer.moving_variance))
+            values = [np.where(self.count, new, o) for new, o in zip(values, old, strict=True)]
+        return Statistics(layer, *(np.reshape(v, tuple(layer.moving_mean.shape)) for v in values))
 
 
 def _layers(model: Any) -> list[Any]:
+    """The layers to update. One that a built model has never built is never called either."""
     return [
         layer
         for layer in layers_of(model)
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+        if isinstance(layer, keras.layers.BatchNormalization)
+        and layer.trainable
+        and (layer.built or not model.built)
     ]
+
+
+def _lookalikes(model: Any) -> list[str]:
+    """Layers of others, and torch's in a wrapper, that keep what looks like statistics of batches.
+
+    A layer keeps them under the names that are customary; what has others is not found.
+    """
+    found = []
+    for layer in layers_of(model):
+        if isinstance(layer, keras.layers.BatchNormalization) or not layer.trainable:
+            continue
+        names = {variable.name for variable in layer._non_trainable_variables}
+        if isinstance(layer, keras.layers.TorchModuleWrapper):
+            names = {name.split(".")[-1] for name, _ in layer.module.named_buffers()}
+        if any(pair <= names for pair in _NAMES):
+            found.append(f"'{layer.path}' ({type(layer).__name__})")
+    return found
 
 
 def _check(layer: Any) -> None:
     where = f"cannot recompute the statistics of layer '{layer.path}'"
-    if not layer.built:
-        raise BatchNormError(
-            f"{where}: it is not built.", hint="call the model on a batch first, or model.build()."
-        )
     if getattr(layer, "renorm", False):
         raise BatchNormError(
             f"{where}: batch renormalisation normalises by its running statistics even in "
@@ -172,7 +352,15 @@ def _check(layer: Any) -> None:
         )
 
 
-def _recorder(model: Any, layers: list[Any]) -> Callable[..., Any]:
+def _compiled(model: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled, unless the model is trained without, for some cannot be."""
+    eagerly = getattr(model, "run_eagerly", False)
+    if keras.backend.backend() == "jax":
+        eagerly = eagerly or not getattr(model, "jit_compile", True)
+    return function if eagerly else current().compiled(function)
+
+
+def _recorder(model: Any, layers: list[Any], forward: Forward | None) -> Callable[..., Any]:
     """A pure forward pass in training mode that returns what every layer's batches look like.
 
     Everything the layers assign goes to a scope of its own, so no variable of the model changes;
@@ -180,31 +368,69 @@ def _recorder(model: Any, layers: list[Any]) -> Callable[..., Any]:
     """
     changing, others = state_variables(model), _other_variables(model)
 
-    def forward(rest: list[Any], state: list[Any], x: Any) -> tuple[Any, list[Any]]:
+    def record(rest: list[Any], state: list[Any], batch: Any) -> tuple[Any, list[Any]]:
         mapping = [*zip(others, rest, strict=True), *zip(changing, state, strict=True)]
-        with keras.StatelessScope(state_mapping=mapping) as scope, _recording(layers) as records:
-            # Only a model whose call knows of training may be told, as in fit.
-            model(x, **({"training": True} if model._call_has_training_arg else {}))
+        with (
+            keras.StatelessScope(state_mapping=mapping) as scope,
+            _kernels_as_they_are(model),
+            _recording(layers) as records,
+        ):
+            before = [scope.get_current_value(layer.moving_mean) for layer in layers]
+            if forward is not None:
+                forward(model, batch)
+            else:
+                # Only a model whose call knows of training may be told, as in fit.
+                model(batch, **({"training": True} if model._call_has_training_arg else {}))
+            for layer, calls, old in zip(layers, records, before, strict=True):
+                if not calls and scope.get_current_value(layer.moving_mean) is not old:
+                    raise BatchNormError(
+                        f"cannot recompute the statistics of layer '{layer.path}': "
+                        f"{type(layer).__name__} computes them in a call of its own.",
+                        hint="let its call take them from self._moments(inputs, mask), as "
+                        "BatchNormalization's does; or freeze the layer.",
+                    )
         return records, [scope.get_current_value(v) for v in changing]
 
-    return forward
+    return record
 
 
 @contextmanager
-def _recording(layers: list[Any]) -> Iterator[list[list[Record]]]:
+def _kernels_as_they_are(model: Any) -> Iterator[None]:
+    """SpectralNormalization computes with the kernel it has, as it does in inference.
+
+    In training each call makes the largest singular value 1; that of an average is less, and
+    statistics of the normalised kernel would not fit it.
+    """
+    wrappers = [
+        layer for layer in layers_of(model) if isinstance(layer, keras.layers.SpectralNormalization)
+    ]
+    try:
+        for wrapper in wrappers:
+            vars(wrapper)["normalized_weights"] = lambda w=wrapper: (
+                w.vector_u.value,
+                w.kernel.value,
+            )
+        yield
+    finally:
+        for wrapper in wrappers:
+            vars(wrapper).pop("normalized_weights", None)
+
+
+@contextmanager
+def _recording(layers: list[Any]) -> Iterator[list[list[Any]]]:
     """Collects mean, variance and number of elements at each call of each layer.
 
     Taken where the layer computes them: in float32 whatever the policy, once for each call of a
     shared layer, with the mask, and whatever the momentum.
     """
-    records: list[list[Record]] = [[] for _ in layers]
+    records: list[list[Any]] = [[] for _ in layers]
 
-    def recorded(layer: Any, calls: list[Record]) -> Callable[..., Any]:
+    def recorded(layer: Any, calls: list[Any]) -> Callable[..., Any]:
         moments = layer._moments
 
         def wrapper(inputs: Any, mask: Any) -> Any:
             mean, variance = moments(inputs, mask)
-            calls.append(_moments(layer, inputs, mask, mean, variance))
+            calls.append(_record(layer, inputs, mask, mean, variance))
             return mean, variance
 
         return wrapper
@@ -218,43 +444,42 @@ def _recording(layers: list[Any]) -> Iterator[list[list[Record]]]:
             vars(layer).pop("_moments", None)
 
 
-def _moments(layer: Any, inputs: Any, mask: Any, mean: Any, variance: Any) -> Record:
-    """Mean, what float32 lost of it, variance, and number of elements, from what Keras computed.
+def _record(layer: Any, inputs: Any, mask: Any, mean: Any, variance: Any) -> Any:
+    """Mean, what float32 lost of it, variance, and number of elements, of each channel.
 
     Some backends take ``E[x^2] - mean^2`` in float32, of which nothing is left where the mean is
-    large; and the rounding of a large mean is not small beside the distance of two batches.
+    large; and the rounding of a large mean is not small beside the distance of two batches. What
+    a subclass makes of its inputs is taken as it is.
+
+    Returns:
+      A tensor [4, channels].
     """
-    count = _count(layer, inputs, mask)
-    if mask is not None or layer.synchronized:  # where Keras subtracts the mean itself, or others'
-        return mean, keras.ops.zeros_like(mean), variance, count
+    ops = keras.ops
     shape = [1] * len(inputs.shape)
     shape[layer.axis] = -1
-    distance = inputs - keras.ops.reshape(mean, shape)
-    lost = keras.ops.mean(distance, axis=layer._reduction_axes)
-    squares = keras.ops.mean(keras.ops.square(distance), axis=layer._reduction_axes)
-    return mean, lost, squares - keras.ops.square(lost), count
-
-
-def _count(layer: Any, inputs: Any, mask: Any) -> Any:
-    """How many elements a channel's moments were taken over."""
-    sizes = keras.ops.shape(inputs)
+    axes = layer._reduction_axes
+    known = None
     if mask is None:
-        counted = [sizes[axis] for axis in layer._reduction_axes]
-        masked = keras.ops.ones((), "float32")
+        sizes = ops.shape(inputs)
+        elements = ops.ones((inputs.shape[layer.axis],), inputs.dtype)
+        for axis in axes:
+            elements = elements * ops.cast(sizes[axis], inputs.dtype)
     else:
-        # A mask has one dimension less than the inputs: the last is missing.
-        counted = []
-        masked = keras.ops.sum(keras.ops.cast(mask, "float32"))
-    for size in counted:
-        masked = masked * keras.ops.cast(size, "float32")
-    return masked
+        known = ops.cast(ops.broadcast_to(ops.expand_dims(mask, -1), ops.shape(inputs)), "bool")
+        elements = ops.sum(ops.cast(known, inputs.dtype), axis=axes)
+    mean, variance = ops.reshape(mean, (-1,)), ops.reshape(variance, (-1,))
+    if type(layer)._moments is not keras.layers.BatchNormalization._moments:
+        return ops.stack([mean, ops.zeros_like(mean), variance, elements])
+    distance = inputs - ops.reshape(mean, shape)
+    if known is not None:
+        distance = ops.where(known, distance, 0)
+    divisor = ops.maximum(elements, 1)
+    lost = ops.sum(distance, axis=axes) / divisor
+    squares = ops.sum(ops.square(distance), axis=axes) / divisor
+    return ops.stack([mean, lost, squares - ops.square(lost), elements])
 
 
 def _other_variables(model: Any) -> list[Any]:
     changing = {id(v) for v in state_variables(model)}
     both = [*model.trainable_variables, *model.non_trainable_variables]
     return [v for v in {id(v): v for v in both}.values() if id(v) not in changing]
-
-
-def _float64(tensor: Any) -> npt.NDArray[np.float64]:
-    return current().to_numpy(tensor).astype(np.float64).reshape(-1)

@@ -14,8 +14,10 @@ import numpy.typing as npt
 from swa_core import ConfigError, Schedule, StateError, SWAConfig, SWAError, SWAState, SWAWarning
 from swa_core.errors import Fault
 from swa_core.saving import header
-from swa_keras import batch_norm, files
+from swa_keras import files
 from swa_keras.averages import RunningAverage, refuse_nothing
+from swa_keras.batches import fault_of
+from swa_keras.caveats import Caveats
 from swa_keras.learning_rate import check_settable
 from swa_keras.lending import Lender, usable
 from swa_keras.model_state import averaged_variables, inner_optimizer, synced
@@ -85,7 +87,6 @@ class SWA(keras.callbacks.Callback):
         self.config = SWAConfig.of(config)
         if faults := _faults(bn_data, validate):
             raise ConfigError(faults, source="SWA(...)")
-        self._bn_data = bn_data
         self._validate = validate
         self._finalize_at_end = finalize
         self._progress = Progress(self.config)
@@ -93,7 +94,9 @@ class SWA(keras.callbacks.Callback):
         self._validation: Validation | None = None
         # Of a loaded state: training weights that wait for a built model.
         self._live_to_load: tuple[list[Any], list[Any]] | None = None
-        self._warned_batch_norm = False
+        self._caveats = Caveats(
+            recomputes=bn_data is not None, uses_average=finalize or validate != "raw"
+        )
 
     @property
     def schedule(self) -> Schedule | None:
@@ -148,7 +151,7 @@ class SWA(keras.callbacks.Callback):
         self.set_model(model)
         self._check(model)
         self._progress.begin(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
-        self._warn_batch_norm(model)
+        self._caveats.say(model)
         self._load_into(model)
         self._progress.prepare_next(lambda: model)
 
@@ -193,7 +196,7 @@ class SWA(keras.callbacks.Callback):
         model = self.model
         self._check(model)
         self._progress.begin_fit(model, self.params or {})
-        self._warn_batch_norm(model)
+        self._caveats.say(model)
         if model.built:
             refuse_nothing(averaged_variables(model), "cannot train with averaging")
             self._average.match(averaged_variables(model), "cannot go on averaging")
@@ -462,34 +465,11 @@ class SWA(keras.callbacks.Callback):
     def _model_or(self, model: Any) -> Any:
         return usable(self.model if model is None else model)
 
-    def _warn_batch_norm(self, model: Any) -> None:
-        uses_average = self._finalize_at_end or self._validate != "raw"
-        if (
-            self._bn_data is None
-            and uses_average
-            and not self._warned_batch_norm
-            and batch_norm.has_batch_norm(model)
-        ):
-            self._warned_batch_norm = True
-            warnings.warn(
-                "SWA: the model has batch norm, whose running statistics do not fit the averaged "
-                "weights. Pass SWA(..., bn_data=training_data), or call "
-                "swa_keras.update_bn(model, training_data) after the training.",
-                SWAWarning,
-                stacklevel=3,
-            )
-
 
 def _faults(bn_data: Any, validate: Any) -> list[Fault]:
     faults = []
     if validate not in ("both", "average", "raw"):
         faults.append(Fault("validate", f'expected "both", "average" or "raw", got {validate!r}.'))
-    if hasattr(bn_data, "__next__"):
-        faults.append(
-            Fault(
-                "bn_data",
-                "a generator can be read only once, and every validation reads the data. Pass "
-                "arrays, a dataset, or list(...) of it.",
-            )
-        )
+    if bn_data is not None and (fault := fault_of(bn_data)):
+        faults.append(Fault("bn_data", fault))
     return faults

@@ -37,6 +37,7 @@ class Lender:
         self._bn_data = bn_data
         # What update_bn found for the average of so many snapshots, of this model.
         self._statistics: tuple[int, Any, list[batch_norm.Statistics]] | None = None
+        self._recalibration: batch_norm.Recalibration | None = None
         self._warned_empty = False
 
     def take(self, average: RunningAverage) -> None:
@@ -100,7 +101,7 @@ class Lender:
     def _recompute(self, bn_data: Any) -> Callable[[Any], None] | None:
         """What makes the batch-norm statistics those of the average, or None."""
         if bn_data is not None:
-            return lambda model: batch_norm.update_bn(model, bn_data)
+            return lambda model: batch_norm.update_bn(model, bn_data, verbose=0)
         if self._bn_data is None:
             return None
 
@@ -110,7 +111,9 @@ class Lender:
                 return
             kept = self._statistics
             if kept is None or kept[0] != self.average.n_averaged or kept[1] is not model:
-                found = batch_norm.pooled_statistics(model, self._bn_data)
+                if self._recalibration is None or not self._recalibration.serves(model):
+                    self._recalibration = batch_norm.Recalibration(model)
+                found = self._recalibration.statistics(self._bn_data)
                 kept = self._statistics = (self.average.n_averaged, model, found)
             batch_norm.assign(kept[2])
 

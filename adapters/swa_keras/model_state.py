@@ -9,6 +9,8 @@ import keras
 
 from swa_keras.backend import Variable, is_floating
 
+_QUANTISED = ("int8", "uint8")  # int4 comes packed into these; seeds and counters are wider
+
 
 def synced(model: Any) -> Any:
     """The model with its values in its variables.
@@ -23,22 +25,40 @@ def synced(model: Any) -> Any:
 
 def averaged_variables(model: Any) -> list[Variable]:
     """The trainable floating-point variables, each once however many layers share it."""
-    return [v for v in _once(model.trainable_variables) if is_floating(v)]
+    return [v for v in _once(model.trainable_variables) if is_averaged(v)]
+
+
+def is_averaged(variable: Variable) -> bool:
+    """Whether a trainable variable is a weight.
+
+    The scales of float8 layers are trainable by name alone: their "gradient" is the new value,
+    read off the newest activations. They stay those of the training, as in Keras' own averaging.
+    """
+    return is_floating(variable) and not variable.overwrite_with_gradient
 
 
 def state_variables(model: Any) -> list[Variable]:
-    """What a forward pass may change: running statistics, seeds - and not frozen weights.
+    """What a forward pass may change: running statistics, seeds - and not weights at rest.
 
-    Frozen weights are non-trainable variables too, but nothing changes them, and copying a
-    frozen backbone at every validation would cost a lot.
+    Frozen and quantised weights are non-trainable variables too, but nothing changes them, and
+    copying a frozen backbone at every validation would cost a lot.
     """
     weights = {id(v) for layer in layers_of(model) for v in layer._trainable_variables}
-    return [v for v in _once(model.non_trainable_variables) if id(v) not in weights]
+    return [
+        v
+        for v in _once(model.non_trainable_variables)
+        if id(v) not in weights and v.dtype not in _QUANTISED
+    ]
 
 
 def layers_of(model: Any) -> list[Any]:
     """The model and all layers in it at any depth, each once."""
     return _once(model._flatten_layers(include_self=True, recursive=True))
+
+
+def lora_layers(model: Any) -> list[Any]:
+    """The layers that train a product of two factors in place of their kernel."""
+    return [layer for layer in layers_of(model) if getattr(layer, "lora_enabled", False)]
 
 
 def inner_optimizer(model: Any) -> Any:
