@@ -46,8 +46,10 @@ def update_bn(
     the batches, weighted by the number of elements (by the mask, where there is one; not by
     sample weights, which batch norm knows nothing of), in float64, with the biased variance that
     Keras keeps. Each batch is normalised by its own statistics on the way, as in training.
-    Nothing else in the model changes (seeds, momentum, optimizer, metrics, states of RNNs), no
-    random number generator moves on, and nothing at all changes if an exception is raised.
+    Nothing else in the model changes (seeds, momentum, optimizer, metrics, states of RNNs), and
+    nothing at all if an exception is raised. No random number generator moves on; only a
+    tf.data.Dataset that shuffles has its next order inside itself, so pass one that does not
+    shuffle if the training that uses it too is to be the same bit for bit.
 
     Left alone are frozen layers, layers that ``data`` never reaches or that are called with
     ``training=False``, and layers that are no ``keras.layers.BatchNormalization``: a warning names
