@@ -38,7 +38,8 @@ def is_averaged(variable: Variable) -> bool:
 
 
 def state_variables(model: Any) -> list[Variable]:
-    """What a forward pass may change: running statistics, seeds - and not weights at rest.
+    """What a forward pass may change: running statistics, seeds, states of RNNs - and not
+    weights at rest.
 
     Frozen and quantised weights are non-trainable variables too, but nothing changes them, and
     copying a frozen backbone at every validation would cost a lot.
@@ -46,8 +47,19 @@ def state_variables(model: Any) -> list[Variable]:
     weights = {id(v) for layer in layers_of(model) for v in layer._trainable_variables}
     return [
         v
-        for v in _once(model.non_trainable_variables)
+        for v in _once([*model.non_trainable_variables, *_rnn_states(model)])
         if id(v) not in weights and v.dtype not in _QUANTISED
+    ]
+
+
+def _rnn_states(model: Any) -> list[Variable]:
+    """The states of stateful RNNs, which Keras leaves out of a model's variables."""
+    return [
+        state
+        for layer in layers_of(model)
+        if isinstance(layer, keras.layers.RNN) and layer.stateful
+        for state in keras.tree.flatten(layer.states)
+        if isinstance(state, keras.Variable)
     ]
 
 
