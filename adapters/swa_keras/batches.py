@@ -217,9 +217,7 @@ def _all_arrays(value: Any) -> bool:
 
 
 def _sliceable(array: Any) -> Any:
-    """What can be cut into rows: Series, DataFrames and sparse matrices cannot as they are."""
-    if hasattr(array, "to_frame"):
-        array = array.to_frame()
+    """What can be cut into rows, as DataFrames and sparse matrices cannot as they are."""
     if hasattr(array, "to_numpy"):
         return array.to_numpy()
     return array.tocsr() if hasattr(array, "tocsr") else array

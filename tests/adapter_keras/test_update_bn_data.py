@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 
 import keras
 import numpy as np
@@ -33,6 +34,7 @@ class Rows(keras.utils.PyDataset):
 
     def __init__(self, number=4, broken_at=None, **workers):
         super().__init__(**workers)
+        self.readers = set()
         self.number, self.broken_at = number, broken_at
 
     @property
@@ -40,6 +42,7 @@ class Rows(keras.utils.PyDataset):
         return self.number
 
     def __getitem__(self, place):
+        self.readers.add(threading.current_thread())
         if place == self.broken_at:
             raise OSError("disk")
         begin = 6 * (place % 4)
@@ -57,6 +60,7 @@ def test_a_py_dataset_is_read_by_its_workers_and_its_epoch_does_not_end(workers)
         update_bn(model, data, verbose=0)
         check(layer)
     assert data.epochs == 0
+    assert (threading.main_thread() in data.readers) == (not workers)
 
 
 @pytest.mark.skipif(
@@ -69,11 +73,18 @@ def test_a_py_dataset_with_processes():
     check(layer)
 
 
-def test_an_error_in_a_worker_reaches_the_caller():
+def test_an_error_in_a_worker_reaches_the_caller_and_no_worker_stays():
     model, layer = one_layer()
     with pytest.raises(OSError, match="disk"):
         update_bn(model, Rows(workers=2, broken_at=2), verbose=0)
+    with pytest.raises(ValueError, match="stop"):
+        update_bn(model, Rows(number=None, workers=2), forward=refuse, steps=9, verbose=0)
+    assert not [t for t in threading.enumerate() if t.name.startswith("Worker_")]
     check(layer, np.float64([[-1.0] * 4, [1.0] * 4]))
+
+
+def refuse(model, batch):
+    raise ValueError("stop")
 
 
 def endless():
@@ -151,7 +162,7 @@ def test_a_data_frame_and_a_sparse_matrix():
     check(layer)
     pandas = pytest.importorskip("pandas")
     model, layer = one_layer()
-    frame = pandas.DataFrame(X, index=np.arange(24) + 0.5, columns=[*"abcd"])
+    frame = pandas.DataFrame(X, index=np.linspace(0, 1, 24), columns=[*"abcd"])
     update_bn(model, (frame, pandas.Series(Y[:, 0])), batch_size=7, verbose=0)
     check(layer)
 

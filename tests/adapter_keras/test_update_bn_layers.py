@@ -226,6 +226,14 @@ def test_a_model_whose_layers_never_train_is_a_no_op_that_says_so():
     assert untouched(model.norm)
 
 
+def test_a_layer_that_was_never_built_is_none_to_update():
+    model = Norms()
+    model.build((None, 4))
+    model.fixed.trainable = model.norm.trainable = False
+    with pytest.warns(SWAWarning, match="no batch norm to update"):
+        update_bn(model, X, verbose=0)
+
+
 class Contrastive(keras.Model):
     """Trained by a step of its own, on batches that are no (x, y)."""
 
@@ -329,6 +337,7 @@ def test_renorm_is_refused_at_the_start_of_a_training_with_bn_data():
     model.compile("sgd", "mse")
     with pytest.raises(BatchNormError, match="renormalisation"):
         fit(model, SWA({"start": "1ep"}, bn_data=X))
+    assert int(array(model.optimizer.iterations)) == 0
 
 
 def test_one_compiled_pass_serves_all_validations_of_a_training(monkeypatch):
