@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from typing import Any, NamedTuple
+from contextlib import closing
+from typing import Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 
 from swa_core import BatchNormError, SWAWarning
-from swa_keras.backend import current
 from swa_keras.batches import Verbose, batches_of, tensors_of, with_bar, x_of
 from swa_keras.model_state import layers_of, state_variables, synced
+from swa_keras.pooling import Pool, Statistics, add_to
 from swa_keras.preserving import preserved_modules, preserved_random
-
-Forward = Callable[[Any, Any], Any]
+from swa_keras.recording import Forward, compiled, other_variables, recorder
 
 # How layers that keep statistics of batches call them, here and elsewhere.
 _NAMES = ({"moving_mean", "moving_variance"}, {"running_mean", "running_var"})
-
-
-class Statistics(NamedTuple):
-    """The pooled statistics of one layer, float64, a value for each channel."""
-
-    layer: Any
-    mean: npt.NDArray[np.float64]
-    variance: npt.NDArray[np.float64]
 
 
 def update_bn(
@@ -137,19 +127,6 @@ def assign(statistics: list[Statistics]) -> None:
             variable.assign(value.astype(wide))
 
 
-def pooled_statistics(
-    model: Any,
-    data: Any,
-    *,
-    batch_size: int = 32,
-    steps: int | None = None,
-    verbose: Verbose = 0,
-) -> list[Statistics]:
-    """What ``update_bn`` assigns, without assigning it; the model is not changed."""
-    recalibration = Recalibration(model)
-    return recalibration.statistics(data, batch_size=batch_size, steps=steps, verbose=verbose)
-
-
 class Recalibration:
     """The pooled statistics of a model, time after time with one compiled forward pass.
 
@@ -217,11 +194,11 @@ class Recalibration:
             )
         return found
 
-    def _pools(self, layers: list[Any], batches: Iterator[Any], steps: int | None) -> list[_Pool]:
+    def _pools(self, layers: list[Any], batches: Iterator[Any], steps: int | None) -> list[Pool]:
         model, prepare = self._model, x_of if self._forward is None else tensors_of
         state = [v.value for v in state_variables(model)]
-        rest = [v.value for v in _other_variables(model)]
-        pools = [_Pool() for _ in layers]
+        rest = [v.value for v in other_variables(model)]
+        pools = [Pool() for _ in layers]
         used = 0
         for batch in batches:
             tensors = prepare(batch)
@@ -229,9 +206,9 @@ class Recalibration:
                 continue
             used += 1
             if self._compiled is None:
-                self._compiled = _compiled(model, _recorder(model, layers, self._forward))
+                self._compiled = compiled(model, recorder(model, layers, self._forward))
             records, state = self._compiled(rest, state, tensors)
-            _pool(records, pools)
+            add_to(records, pools)
         if not used:
             raise BatchNormError(
                 "the data held no batch, so there are no batch-norm statistics.",
@@ -252,63 +229,9 @@ class Recalibration:
         return [
             *_layers(model),
             *state_variables(model),
-            *_other_variables(model),
+            *other_variables(model),
             getattr(model, "train_function", None),
         ]
-
-
-def _pool(records: list[list[Any]], pools: list[_Pool]) -> None:
-    """Adds what the layers' calls recorded of one batch."""
-    flat = [(pool, call) for pool, calls in zip(pools, records, strict=True) for call in calls]
-    if not flat:
-        return
-    # One tensor brought to the host instead of one for each layer.
-    widest = "float64" if any(_is_double(call) for _, call in flat) else "float32"
-    joined = current().to_numpy(
-        keras.ops.concatenate([keras.ops.cast(call, widest) for _, call in flat], axis=1)
-    )
-    begin = 0
-    for pool, call in flat:
-        end = begin + call.shape[1]
-        mean, lost, variance, count = joined[:, begin:end].astype(np.float64)
-        pool.add(mean + lost, variance, count)
-        begin = end
-
-
-def _is_double(tensor: Any) -> bool:
-    return bool(keras.backend.standardize_dtype(tensor.dtype) == "float64")
-
-
-class _Pool:
-    """Moments of everything one layer has seen, a value for each channel."""
-
-    def __init__(self) -> None:
-        self.count: Any = np.zeros(1)
-        self.mean: Any = np.zeros(1)
-        self.squares: Any = np.zeros(1)  # the sum of squared distances from the mean
-
-    @property
-    def reached(self) -> bool:
-        """Whether there was anything that was not masked."""
-        return bool(self.count.any())
-
-    def add(self, mean: Any, variance: Any, count: Any) -> None:
-        """Pools one batch with those before (Chan et al. 1983)."""
-        total = self.count + count
-        share = np.divide(count, total, out=np.zeros_like(total), where=total > 0)
-        distance = mean - self.mean
-        self.squares = self.squares + variance * count + distance**2 * self.count * share
-        self.mean = self.mean + distance * share
-        self.count = total
-
-    def statistics(self, layer: Any) -> Statistics:
-        """The statistics; channels that were masked throughout keep theirs."""
-        values = [self.mean, self.squares / np.maximum(self.count, 1)]
-        if not self.count.all():
-            to_numpy = current().to_numpy
-            old = (to_numpy(v.value) for v in (layer.moving_mean, layer.moving_variance))
-            values = [np.where(self.count, new, o) for new, o in zip(values, old, strict=True)]
-        return Statistics(layer, *(np.reshape(v, tuple(layer.moving_mean.shape)) for v in values))
 
 
 def _layers(model: Any) -> list[Any]:
@@ -352,136 +275,3 @@ def _check(layer: Any) -> None:
             f"{where}: its momentum is 1, so its statistics are meant to stay as they are.",
             hint="freeze the layer (layer.trainable = False), or choose another momentum.",
         )
-
-
-def _compiled(model: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled, unless the model is trained without, for some cannot be."""
-    eagerly = getattr(model, "run_eagerly", False)
-    if keras.backend.backend() == "jax":
-        eagerly = eagerly or not getattr(model, "jit_compile", True)
-    return function if eagerly else current().compiled(function)
-
-
-def _recorder(model: Any, layers: list[Any], forward: Forward | None) -> Callable[..., Any]:
-    """A pure forward pass in training mode that returns what every layer's batches look like.
-
-    Everything the layers assign goes to a scope of its own, so no variable of the model changes;
-    the state goes from one batch to the next, for fresh dropout masks.
-    """
-    changing, others = state_variables(model), _other_variables(model)
-
-    def record(rest: list[Any], state: list[Any], batch: Any) -> tuple[Any, list[Any]]:
-        mapping = [*zip(others, rest, strict=True), *zip(changing, state, strict=True)]
-        with (
-            keras.StatelessScope(state_mapping=mapping) as scope,
-            _kernels_as_they_are(model),
-            _recording(layers) as records,
-        ):
-            before = [scope.get_current_value(layer.moving_mean) for layer in layers]
-            if forward is not None:
-                forward(model, batch)
-            else:
-                # Only a model whose call knows of training may be told, as in fit.
-                model(batch, **({"training": True} if model._call_has_training_arg else {}))
-            for layer, calls, old in zip(layers, records, before, strict=True):
-                if not calls and scope.get_current_value(layer.moving_mean) is not old:
-                    raise BatchNormError(
-                        f"cannot recompute the statistics of layer '{layer.path}': "
-                        f"{type(layer).__name__} computes them in a call of its own.",
-                        hint="let its call take them from self._moments(inputs, mask), as "
-                        "BatchNormalization's does; or freeze the layer.",
-                    )
-        return records, [scope.get_current_value(v) for v in changing]
-
-    return record
-
-
-@contextmanager
-def _kernels_as_they_are(model: Any) -> Iterator[None]:
-    """SpectralNormalization computes with the kernel it has, as it does in inference.
-
-    In training each call makes the largest singular value 1; that of an average is less, and
-    statistics of the normalised kernel would not fit it.
-    """
-    wrappers = [
-        layer for layer in layers_of(model) if isinstance(layer, keras.layers.SpectralNormalization)
-    ]
-    try:
-        for wrapper in wrappers:
-            vars(wrapper)["normalized_weights"] = lambda w=wrapper: (
-                w.vector_u.value,
-                w.kernel.value,
-            )
-        yield
-    finally:
-        for wrapper in wrappers:
-            vars(wrapper).pop("normalized_weights", None)
-
-
-@contextmanager
-def _recording(layers: list[Any]) -> Iterator[list[list[Any]]]:
-    """Collects mean, variance and number of elements at each call of each layer.
-
-    Taken where the layer computes them: in float32 whatever the policy, once for each call of a
-    shared layer, with the mask, and whatever the momentum.
-    """
-    records: list[list[Any]] = [[] for _ in layers]
-
-    def recorded(layer: Any, calls: list[Any]) -> Callable[..., Any]:
-        moments = layer._moments
-
-        def wrapper(inputs: Any, mask: Any) -> Any:
-            mean, variance = moments(inputs, mask)
-            calls.append(_record(layer, inputs, mask, mean, variance))
-            return mean, variance
-
-        return wrapper
-
-    try:
-        for layer, calls in zip(layers, records, strict=True):
-            vars(layer)["_moments"] = recorded(layer, calls)
-        yield records
-    finally:
-        for layer in layers:
-            vars(layer).pop("_moments", None)
-
-
-def _record(layer: Any, inputs: Any, mask: Any, mean: Any, variance: Any) -> Any:
-    """Mean, what float32 lost of it, variance, and number of elements, of each channel.
-
-    Some backends take ``E[x^2] - mean^2`` in float32, of which nothing is left where the mean is
-    large; and the rounding of a large mean is not small beside the distance of two batches. What
-    a subclass makes of its inputs is taken as it is.
-
-    Returns:
-      A tensor [4, channels].
-    """
-    ops = keras.ops
-    shape = [1] * len(inputs.shape)
-    shape[layer.axis] = -1
-    axes = layer._reduction_axes
-    known = None
-    if mask is None:
-        sizes = ops.shape(inputs)
-        elements = ops.ones((inputs.shape[layer.axis],), inputs.dtype)
-        for axis in axes:
-            elements = elements * ops.cast(sizes[axis], inputs.dtype)
-    else:
-        known = ops.cast(ops.broadcast_to(ops.expand_dims(mask, -1), ops.shape(inputs)), "bool")
-        elements = ops.sum(ops.cast(known, inputs.dtype), axis=axes)
-    mean, variance = ops.reshape(mean, (-1,)), ops.reshape(variance, (-1,))
-    if type(layer)._moments is not keras.layers.BatchNormalization._moments:
-        return ops.stack([mean, ops.zeros_like(mean), variance, elements])
-    distance = inputs - ops.reshape(mean, shape)
-    if known is not None:
-        distance = ops.where(known, distance, 0)
-    divisor = ops.maximum(elements, 1)
-    lost = ops.sum(distance, axis=axes) / divisor
-    squares = ops.sum(ops.square(distance), axis=axes) / divisor
-    return ops.stack([mean, lost, squares - ops.square(lost), elements])
-
-
-def _other_variables(model: Any) -> list[Any]:
-    changing = {id(v) for v in state_variables(model)}
-    both = [*model.trainable_variables, *model.non_trainable_variables]
-    return [v for v in {id(v): v for v in both}.values() if id(v) not in changing]

@@ -33,7 +33,7 @@ class Caveats:
         """
         if self._recomputes and model.built:
             batch_norm.check(model)
-        for caveat in (self._batch_norm, _lookalikes, _lora):
+        for caveat in (self._batch_norm, batch_norm.of_lookalikes, _lora):
             if caveat not in self._said and (what := caveat(model)):
                 self._said.add(caveat)
                 warnings.warn(f"SWA: {what}", SWAWarning, stacklevel=4)
@@ -46,10 +46,6 @@ class Caveats:
             "Pass SWA(..., bn_data=training_data), or call swa_keras.update_bn(model, "
             "training_data) after the training."
         )
-
-
-def _lookalikes(model: Any) -> str | None:
-    return batch_norm.of_lookalikes(model)
 
 
 def _lora(model: Any) -> str | None:

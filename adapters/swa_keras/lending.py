@@ -15,6 +15,7 @@ from swa_keras import batch_norm
 from swa_keras.averages import RunningAverage
 from swa_keras.backend import current, wide
 from swa_keras.model_state import averaged_variables, synced
+from swa_keras.pooling import Statistics
 from swa_keras.swapping import Swap
 
 
@@ -36,7 +37,7 @@ class Lender:
         self.swap: Swap | None = None
         self._bn_data = bn_data
         # What update_bn found for the average of so many snapshots, of this model.
-        self._statistics: tuple[int, Any, list[batch_norm.Statistics]] | None = None
+        self._statistics: tuple[int, Any, list[Statistics]] | None = None
         self._recalibration: batch_norm.Recalibration | None = None
         self._warned_empty = False
 

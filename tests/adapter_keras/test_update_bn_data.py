@@ -162,7 +162,7 @@ def test_a_data_frame_and_a_sparse_matrix():
     check(layer)
     pandas = pytest.importorskip("pandas")
     model, layer = one_layer()
-    frame = pandas.DataFrame(X, index=np.linspace(0, 1, 24), columns=[*"abcd"])
+    frame = pandas.DataFrame(X, index=np.linspace(0, 50, 24), columns=[*"abcd"])
     update_bn(model, (frame, pandas.Series(Y[:, 0])), batch_size=7, verbose=0)
     check(layer)
 

@@ -344,8 +344,8 @@ def test_one_compiled_pass_serves_all_validations_of_a_training(monkeypatch):
     from swa_keras import batch_norm
 
     made = []
-    recorder = batch_norm._recorder
-    monkeypatch.setattr(batch_norm, "_recorder", lambda *a: made.append(a) or recorder(*a))
+    recorder = batch_norm.recorder
+    monkeypatch.setattr(batch_norm, "recorder", lambda *a: made.append(a) or recorder(*a))
     model = of(keras.layers.BatchNormalization(), keras.layers.Dense(1))
     model.compile("sgd", "mse")
     swa = SWA({"start": "1ep", "every": "1ep"}, bn_data=X)
