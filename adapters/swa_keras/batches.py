@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from numbers import Integral
 from typing import Any, Literal
 
 import keras
@@ -45,7 +46,7 @@ def batches_of(
     (3, [2, 2, 1])
     """
     for name, value in (("batch_size", batch_size), ("steps", steps)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (not isinstance(value, Integral) or value < 1):
             raise ValueError(f"{name} is a number of at least 1, got {value!r}")
     if callable(data) and not isinstance(data, Iterable):
         data = data()

@@ -49,7 +49,8 @@ class SWA(keras.callbacks.Callback):
     Args:
       config: a ``SWAConfig``, a mapping of its fields, or the path of a file with ``[swa]``.
       bn_data: training data for the batch-norm statistics, in any form that ``update_bn`` takes
-        and that can be read more than once.
+        and that can be read more than once (of a generator: the function that makes it). A
+        tf.data.Dataset that shuffles gives a training on the same object another order.
       validate: what ``fit`` validates: "both" logs the training weights as ``val_*`` and the
         average as ``val_swa_*`` (equal to ``val_*`` before the first snapshot), reading the
         validation data twice (to monitor them, tell the callback which way is better:

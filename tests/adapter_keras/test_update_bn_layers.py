@@ -358,3 +358,14 @@ def test_one_compiled_pass_serves_all_validations_of_a_training(monkeypatch):
     other = SWA({"start": "1ep", "every": "1ep"}, bn_data=2 * X)
     fit(model, other, validation_data=(X, Y))
     check(model.layers[0], 2 * X)
+
+
+def test_within_a_training_the_statistics_are_there_to_stay():
+    model = of(keras.layers.Dense(3), keras.layers.BatchNormalization(), keras.layers.Dense(1))
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    update = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: update_bn(model, X, verbose=0)
+    )
+    fit(model, update, epochs=2)
+    dense, norm = model.layers[:2]
+    check(norm, X.astype("float64") @ array(dense.kernel) + array(dense.bias))
