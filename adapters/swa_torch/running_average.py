@@ -22,6 +22,7 @@ from swa_core.errors import (
     SwappedError,
     SWAWarning,
 )
+from swa_core.interrupts import uninterrupted
 from swa_core.learning_rate import LRSchedule
 from swa_core.schedule import Schedule
 from swa_torch.checkpointing import MODULE, Caller, caller, may_be_phantom
@@ -29,7 +30,6 @@ from swa_torch.cohort import Cohort, Position, is_averaged
 from swa_torch.finite import all_finite
 from swa_torch.home import Home
 from swa_torch.host import Host
-from swa_torch.interrupts import uninterrupted
 from swa_torch.rates import Rates
 from swa_torch.scratch import Scratch
 from swa_torch.sharding import (
