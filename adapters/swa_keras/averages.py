@@ -11,7 +11,7 @@ import numpy.typing as npt
 from swa_core import StateError, StructureError
 from swa_core.averaging import check_leaves
 from swa_core.rules import Rule
-from swa_keras.backend import Tensor, Variable, current, wide_dtype
+from swa_keras.backend import Loan, Tensor, Variable, current, wide_dtype
 
 
 class _Leaf(NamedTuple):
@@ -42,6 +42,7 @@ class RunningAverage:
         # Arrays of a saved state wait here until there is a model to place them beside.
         self._waiting: list[npt.NDArray[Any]] | None = None
         self._tensors: list[Tensor] = []
+        self._loan: Loan | None = None
 
     @property
     def paths(self) -> list[str]:
@@ -111,11 +112,29 @@ class RunningAverage:
         """Copies the average into variables that were matched with it."""
         self.backend.assign(variables, self._tensors)
 
+    def lend(self, variables: Sequence[Variable]) -> Loan:
+        """Puts the average into variables that were matched with it, until ``end``."""
+        self._loan = self.backend.lend(variables, self._tensors)
+        return self._loan
+
+    def end(self, *, keep: bool = False) -> bool:
+        """Ends a loan: the variables get their own values back, or keep the average.
+
+        Returns:
+          Whether the average was overwritten meanwhile.
+        """
+        assert self._loan is not None
+        was_written = self._loan.keep() if keep else self._loan.undo()
+        self._loan = None
+        return was_written
+
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Copies of the averages on the host."""
         if self._waiting is not None:
             return [array.copy() for array in self._waiting]
-        return [self.backend.to_numpy(tensor) for tensor in self._tensors]
+        # While they are lent, their own memory may hold the weights.
+        tensors = self._tensors if self._loan is None else self._loan.averages
+        return [self.backend.to_numpy(tensor) for tensor in tensors]
 
     def load(self, counters: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """Takes over the counters and arrays of a saved state; nothing is changed by a bad one.

@@ -15,6 +15,28 @@ Tensor = Any
 Variable = Any  # keras.Variable is another class on every backend
 
 
+class Loan(Protocol):
+    """Averages in the place of the values of variables, which wait meanwhile.
+
+    Attributes:
+      live: the variables' own values.
+      averages: the averages, wherever they are now.
+    """
+
+    @property
+    def live(self) -> list[Tensor]: ...
+
+    @property
+    def averages(self) -> list[Tensor]: ...
+
+    def undo(self) -> bool:
+        """Gives the variables their own values back. Whether an average was overwritten."""
+
+    def keep(self) -> bool:
+        """Leaves the averages in the variables for good, and gives the averages memory of their
+        own. Whether one was overwritten before."""
+
+
 class Backend(Protocol):
     """The operations on whole lists of variables; nothing here passes through the host.
 
@@ -32,17 +54,17 @@ class Backend(Protocol):
     def all_finite(self, variables: Sequence[Variable]) -> bool:
         """Whether no variable holds a NaN or an infinity."""
 
-    def stash(self, variables: Sequence[Variable]) -> list[Tensor]:
-        """The values of variables that are about to be assigned, kept for ``restore``."""
-
     def copy_state(self, variables: Sequence[Variable]) -> list[Tensor]:
         """Copies that also survive a backend which takes the variables' memory away."""
 
-    def restore(self, variables: Sequence[Variable], kept: Sequence[Tensor]) -> None:
-        """Gives the variables the values that were kept, which are used up."""
+    def assign(self, variables: Sequence[Variable], values: Sequence[Tensor]) -> None:
+        """Copies values into the variables, in their own dtype."""
 
-    def assign(self, variables: Sequence[Variable], averages: Sequence[Tensor]) -> None:
-        """Copies the averages into the variables, in their own dtype."""
+    def keep_in_evaluation(self, model: Any) -> None:
+        """Makes a model that evaluates or predicts leave its variables' memory alone."""
+
+    def lend(self, variables: Sequence[Variable], averages: list[Tensor]) -> Loan:
+        """Puts the averages in the place of the variables' values, which wait to return."""
 
     def from_numpy(
         self, arrays: Sequence[npt.NDArray[Any]], variables: Sequence[Variable]

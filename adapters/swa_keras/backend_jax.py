@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swa_keras.backend import Variable, wide
+from swa_keras.loan_jax import Loan, keep_in_evaluation
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -21,6 +22,13 @@ def _lerp(averages: list[jax.Array], values: list[jax.Array], weight: Any) -> li
         average + (value.astype(average.dtype) - average) * weight.astype(average.dtype)
         for average, value in zip(averages, values, strict=True)
     ]
+
+
+@jax.jit
+def _finite_sums(values: list[jax.Array]) -> jax.Array:
+    # Of all reductions the sum alone runs at the speed of memory.
+    wide_ = [value.astype(jnp.promote_types(value.dtype, jnp.float32)) for value in values]
+    return jnp.isfinite(jnp.stack([value.sum(dtype=jnp.float32) for value in wide_])).all()
 
 
 @jax.jit
@@ -40,22 +48,22 @@ class _JaxBackend:
         return moved
 
     def all_finite(self, variables: Sequence[Variable]) -> bool:
-        return bool(_all_finite([v.value for v in variables]))
-
-    def stash(self, variables: Sequence[Variable]) -> list[jax.Array]:
-        # No copy: once the variables are assigned, the old arrays are no longer the trainer's.
-        return [v.value for v in variables]
+        values = [v.value for v in variables]
+        # A sum is NaN or infinite if an element is; one that only overflows is looked at again.
+        return bool(_finite_sums(values)) or bool(_all_finite(values))
 
     def copy_state(self, variables: Sequence[Variable]) -> list[jax.Array]:
         return [jnp.array(v.value, copy=True) for v in variables]
 
-    def restore(self, variables: Sequence[Variable], kept: Sequence[jax.Array]) -> None:
-        for variable, value in zip(variables, kept, strict=True):
-            variable.assign(value)
+    def assign(self, variables: Sequence[Variable], values: Sequence[jax.Array]) -> None:
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(jnp.array(value, dtype=variable.dtype, copy=True))
 
-    def assign(self, variables: Sequence[Variable], averages: Sequence[jax.Array]) -> None:
-        for variable, average in zip(variables, averages, strict=True):
-            variable.assign(jnp.array(average, dtype=variable.dtype, copy=True))
+    def keep_in_evaluation(self, model: Any) -> None:
+        keep_in_evaluation(model)
+
+    def lend(self, variables: Sequence[Variable], averages: list[jax.Array]) -> Loan:
+        return Loan(variables, averages)
 
     def from_numpy(
         self, arrays: Sequence[npt.NDArray[Any]], variables: Sequence[Variable]

@@ -18,12 +18,13 @@ _NO_XLA = (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError, tf.erro
 
 class _TensorFlowBackend:
     def __init__(self) -> None:
+        self._sums: _Compiled | None = None
         self._finite: _Compiled | None = None
         self._lerp: _Compiled | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A compiled function cannot be copied or pickled, and is built again when needed.
-        return {"_finite": None, "_lerp": None}
+        return {"_sums": None, "_finite": None, "_lerp": None}
 
     def copies(self, variables: Sequence[Variable]) -> list[tf.Variable]:
         return [
@@ -42,23 +43,29 @@ class _TensorFlowBackend:
 
     def all_finite(self, variables: Sequence[Variable]) -> bool:
         values = [v.value for v in variables]
-        if self._finite is None or not self._finite.is_of(values):
-            self._finite = _Compiled(_all_finite, values)
-        return bool(self._finite())
+        # Not by XLA, whose reductions are several times slower on the CPU. A sum is NaN or
+        # infinite if an element is; one that only overflows is looked at again.
+        if self._sums is None or not self._sums.is_of(values):
+            self._sums = _Compiled(_finite_sums, values, by_xla=False)
+            self._finite = _Compiled(_all_finite, values, by_xla=False)
+        assert self._finite is not None
+        return bool(self._sums()) or bool(self._finite())
 
-    def stash(self, variables: Sequence[Variable]) -> list[tf.Tensor]:
+    def copy_state(self, variables: Sequence[Variable]) -> list[tf.Tensor]:
         # No copy: an assignment gives the variable another buffer while this one is held.
         return [tf.identity(v.value) for v in variables]
 
-    copy_state = stash
+    def assign(
+        self, variables: Sequence[Variable], values: Sequence[tf.Variable | tf.Tensor]
+    ) -> None:
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(tf.identity(value))
 
-    def restore(self, variables: Sequence[Variable], kept: Sequence[tf.Tensor]) -> None:
-        for variable, value in zip(variables, kept, strict=True):
-            variable.assign(value)
+    def keep_in_evaluation(self, model: Any) -> None:
+        pass  # it takes nothing away
 
-    def assign(self, variables: Sequence[Variable], averages: Sequence[tf.Variable]) -> None:
-        for variable, average in zip(variables, averages, strict=True):
-            variable.assign(tf.identity(average))
+    def lend(self, variables: Sequence[Variable], averages: list[tf.Variable]) -> _Loan:
+        return _Loan(variables, averages)
 
     def from_numpy(
         self, arrays: Sequence[npt.NDArray[Any]], variables: Sequence[Variable]
@@ -79,10 +86,45 @@ class _TensorFlowBackend:
 make = _TensorFlowBackend
 
 
+class _Loan:
+    """Averages in the place of the variables' values, which wait meanwhile.
+
+    Nothing is copied: variable and average share a buffer until one of them is written to, which
+    then gets another.
+    """
+
+    def __init__(self, variables: Sequence[Variable], averages: list[tf.Variable]) -> None:
+        self._variables = variables
+        self.averages = averages
+        self.live: list[tf.Tensor] = [tf.identity(v.value) for v in variables]
+        try:
+            self._assign(averages)
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> bool:
+        self._assign(self.live)
+        return False
+
+    def keep(self) -> bool:
+        self.live = []
+        return False
+
+    def _assign(self, values: Sequence[tf.Variable | tf.Tensor]) -> None:
+        for variable, value in zip(self._variables, values, strict=True):
+            variable.assign(tf.identity(value))
+
+
 def _lerp(averages: list[tf.Variable], values: list[tf.Variable], weight: tf.Tensor) -> None:
     for average, value in zip(averages, values, strict=True):
         correction = tf.cast(value, average.dtype) - average
         average.assign_add(correction * tf.cast(weight, average.dtype))
+
+
+def _finite_sums(values: list[tf.Variable]) -> tf.Tensor:
+    sums = [tf.cast(tf.reduce_sum(v), tf.float32) for v in values]
+    return tf.reduce_all(tf.math.is_finite(tf.stack(sums)))
 
 
 def _all_finite(values: list[tf.Variable]) -> tf.Tensor:
@@ -93,8 +135,11 @@ class _Compiled:
     """A function of lists of variables, compiled for these variables (a tf.function that takes
     variables as arguments is traced anew for every one of them)."""
 
-    def __init__(self, function: Callable[..., Any], *lists: list[tf.Variable]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], *lists: list[tf.Variable], by_xla: bool = True
+    ) -> None:
         self._lists = lists
+        self._by_xla = by_xla
         self._plain = lambda *rest: function(*lists, *rest)
         self._call: Callable[..., Any] | None = None
 
@@ -108,7 +153,7 @@ class _Compiled:
         if self._call is not None:
             return self._call(*rest)
         try:
-            call = self._traced(rest, jit_compile=True)
+            call = self._traced(rest, jit_compile=self._by_xla or None)
             result = call(*rest)
         except _NO_XLA:
             call = self._traced(rest, jit_compile=None)

@@ -11,12 +11,23 @@ import numpy.typing as npt
 import torch
 
 from swa_keras.backend import Variable, wide
+from swa_keras.finite_torch import all_finite
+from swa_keras.loan_torch import Loan, tensor_of
+from swa_keras.pieces_torch import Scratch, in_pieces
 
 
 class _TorchBackend:
+    def __init__(self) -> None:
+        self._scratch = Scratch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_scratch": Scratch()}  # whose content is of no use to anybody else
+
     def copies(self, variables: Sequence[Variable]) -> list[torch.Tensor]:
         return [
-            v.value.detach().to(getattr(torch, wide(v.dtype)), copy=True).contiguous()
+            tensor_of(v)
+            .detach()
+            .to(getattr(torch, wide(v.dtype)), copy=True, memory_format=torch.contiguous_format)
             for v in variables
         ]
 
@@ -25,37 +36,40 @@ class _TorchBackend:
         self, averages: list[torch.Tensor], variables: Sequence[Variable], weight: float
     ) -> list[torch.Tensor]:
         same: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        narrow = []
         for average, variable in zip(averages, variables, strict=True):
-            value = variable.value.detach()
+            value = tensor_of(variable)
             if value.dtype == average.dtype:
                 lists = same.setdefault(average.dtype, ([], []))
                 lists[0].append(average)
                 lists[1].append(value)
+            elif value.is_contiguous():
+                narrow.append((average, value))
             else:
-                # Half precision: one widened variable at a time, never all of them.
                 average.lerp_(value.to(average.dtype), weight)
         for held, new in same.values():
             torch._foreach_lerp_(held, new, weight)
+        # Half precision is widened on its way through a small scratch.
+        for piece in in_pieces(narrow, self._scratch):
+            torch._foreach_copy_(piece.rooms, piece.weights)
+            torch._foreach_lerp_(piece.averages, piece.rooms, weight)
         return averages
 
-    @torch.no_grad()
     def all_finite(self, variables: Sequence[Variable]) -> bool:
-        found = [torch.isfinite(v.value).all() for v in variables]
-        return bool(torch.stack([flag.to(found[0].device) for flag in found]).all())
-
-    def stash(self, variables: Sequence[Variable]) -> list[torch.Tensor]:
-        # Keras assigns in place, so the values have to be copied out first.
-        return self.copy_state(variables)
+        return all_finite([tensor_of(v) for v in variables])
 
     def copy_state(self, variables: Sequence[Variable]) -> list[torch.Tensor]:
         return [v.value.detach().clone() for v in variables]
 
-    def restore(self, variables: Sequence[Variable], kept: Sequence[torch.Tensor]) -> None:
-        self.assign(variables, kept)
-
-    def assign(self, variables: Sequence[Variable], averages: Sequence[torch.Tensor]) -> None:
-        for variable, value in zip(variables, averages, strict=True):
+    def assign(self, variables: Sequence[Variable], values: Sequence[torch.Tensor]) -> None:
+        for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
+
+    def keep_in_evaluation(self, model: Any) -> None:
+        pass  # it takes nothing away
+
+    def lend(self, variables: Sequence[Variable], averages: list[torch.Tensor]) -> Loan:
+        return Loan(variables, averages, self._scratch)
 
     def from_numpy(
         self, arrays: Sequence[npt.NDArray[Any]], variables: Sequence[Variable]

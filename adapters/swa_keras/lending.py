@@ -66,8 +66,11 @@ class Lender:
         try:
             yield model
         finally:
-            self.swap.restore()
-            self.swap = None
+            try:
+                self.swap.restore()
+            finally:  # a Ctrl-C that waited for the end is raised at the end
+                if self.swap.is_over:
+                    self.swap = None
 
     def finalize(
         self, model: Any, bn_data: Any = None, *, updates: int, schedule: Schedule | None
@@ -89,7 +92,7 @@ class Lender:
                 f"finalize(): nothing is averaged yet after {updates} updates{skipped}.",
                 hint=f"train past the first snapshot{known}, or start the average sooner.",
             )
-        Swap(model, self.average, self._recompute(bn_data))
+        Swap(model, self.average, self._recompute(bn_data)).keep()
 
     def refuse_swapped(self, what: str) -> None:
         """Raises ``SwappedError`` while a model holds the average."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+from swa_core import SWAWarning
+from swa_core.interrupts import uninterrupted
 from swa_keras.averages import RunningAverage
-from swa_keras.backend import Tensor, Variable
+from swa_keras.backend import Loan, Tensor, Variable
 from swa_keras.model_state import averaged_variables, state_variables, synced
 
 
 class Swap:
-    """A model that computes with the average until ``restore`` is called.
+    """A model that computes with the average until ``restore`` or ``keep`` is called.
 
     The running statistics of batch norm, seeds and the like are given back too, so that nothing
-    that was done meanwhile reaches the training.
+    that was done meanwhile reaches the training. The weights and the average take no more memory
+    than before (half-precision weights: a copy of them), and Ctrl-C waits while they move.
 
     Args:
       model: the model, built.
@@ -31,31 +35,62 @@ class Swap:
     ) -> None:
         self._model = synced(model)
         self._backend = average.backend
+        self._average = average
         self._weights = averaged_variables(model)
         average.match(self._weights, "cannot swap the average in")
         self._state = state_variables(model)
         self._live_state = self._backend.copy_state(self._state)
-        self._live_weights = self._backend.stash(self._weights)
+        self._loan: Loan | None = None
+        self._backend.keep_in_evaluation(model)
         try:
-            average.assign_to(self._weights)
+            with uninterrupted():
+                self._loan = average.lend(self._weights)
             if prepare is not None:
                 prepare(model)
         except BaseException:
-            self.restore()
+            if self._loan is not None:
+                self.restore()
             raise
 
     @property
     def live(self) -> tuple[list[Tensor], list[Tensor]]:
         """The training weights and the state beside them, which wait outside the model."""
-        return self._live_weights, self._live_state
+        assert self._loan is not None
+        return self._loan.live, self._live_state
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the model has its own weights again, or the average for good."""
+        return self._loan is None
 
     def restore(self) -> None:
         """Gives the model its own weights back."""
-        # An exception inside evaluate() leaves the values outside the variables on jax, from
-        # where a later sync would overwrite what is assigned now.
-        synced(self._model)
-        self._backend.restore(self._weights, self._live_weights)
-        self._backend.restore(self._state, self._live_state)
+        with uninterrupted():
+            # An exception inside evaluate() leaves the values outside the variables on jax, from
+            # where a later sync would overwrite what is assigned now.
+            synced(self._model)
+            was_written = self._average.end()
+            self._backend.assign(self._state, self._live_state)
+            self._loan = None
+        self._warn(was_written, " the training weights are back, but")
+
+    def keep(self) -> None:
+        """Leaves the average in the model for good."""
+        with uninterrupted():
+            synced(self._model)
+            was_written = self._average.end(keep=True)
+            self._loan = None
+        self._warn(was_written, "")
+
+    def _warn(self, was_written: bool, result: str) -> None:
+        if was_written:
+            warnings.warn(
+                f"SWA: weights were written to in their memory while the average stood in for "
+                f"them:{result} the average now holds what was written. Assign to variables "
+                "instead, which leaves the average alone.",
+                SWAWarning,
+                stacklevel=5,
+            )
 
 
 def live_variables(model: Any) -> tuple[list[Variable], list[Variable]]:

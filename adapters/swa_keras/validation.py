@@ -45,6 +45,8 @@ class Validation:
         self._averaged = averaged
         self._active = True
         self._warned = False
+        # Before the first validation, so that it is not compiled twice.
+        current().keep_in_evaluation(model)
         self._previous = vars(model).get("evaluate")
         vars(model)["evaluate"] = self
 
