@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 import shutil
 import subprocess
@@ -11,14 +12,18 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
 
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = Union[npt.NDArray[Any], "Tensor"]
 SOURCE = Path(__file__).with_name("ceiling.c")
 FLAGS = ("-O3", "-march=native", "-pthread", "-shared", "-fPIC")
 # The operations of ceiling.c.
-LERP = {torch.float32: 0, torch.bfloat16: 1}
+LERP = {"float32": 0, "bfloat16": 1}
 SWAP = 2
 
 
@@ -51,26 +56,26 @@ class Pairs:
     """Averages and weights as C knows them: by address.
 
     Args:
-      averages: contiguous float32 tensors on the CPU.
-      weights: contiguous tensors of the same sizes, all float32 or all bfloat16.
-      threads: how many share the work; as many as torch uses.
+      averages: contiguous float32 arrays: numpy's, or torch tensors on the CPU.
+      weights: contiguous arrays of the same sizes, all float32 or all bfloat16.
+      threads: how many share the work; as many as the framework beside it uses.
     """
 
-    def __init__(self, averages: Sequence[Tensor], weights: Sequence[Tensor], threads: int) -> None:
-        (self._dtype,) = {weight.dtype for weight in weights}
+    def __init__(self, averages: Sequence[Array], weights: Sequence[Array], threads: int) -> None:
+        (self._dtype,) = {_dtype(weight) for weight in weights}
         if self._dtype not in LERP:
             raise TypeError(f"the C loop reads float32 and bfloat16 weights, not {self._dtype}")
         for average, weight in zip(averages, weights, strict=True):
-            assert average.dtype == torch.float32
-            assert average.is_contiguous()
-            assert weight.is_contiguous()
+            assert _dtype(average) == "float32"
+            assert _is_contiguous(average)
+            assert _is_contiguous(weight)
             assert average.shape == weight.shape
         count = len(weights)
         self._alive = [*averages, *weights]
-        starts = [0, *itertools.accumulate(weight.numel() for weight in weights)]
+        starts = [0, *itertools.accumulate(math.prod(weight.shape) for weight in weights)]
         self._arguments = (
-            (ctypes.c_void_p * count)(*(average.data_ptr() for average in averages)),
-            (ctypes.c_void_p * count)(*(weight.data_ptr() for weight in weights)),
+            (ctypes.c_void_p * count)(*map(_address, averages)),
+            (ctypes.c_void_p * count)(*map(_address, weights)),
             (ctypes.c_long * (count + 1))(*starts),
             ctypes.c_long(count),
         )
@@ -83,5 +88,17 @@ class Pairs:
 
     def swap(self) -> None:
         """Averages and float32 weights change places."""
-        assert self._dtype == torch.float32
+        assert self._dtype == "float32"
         self._run(SWAP, *self._arguments, ctypes.c_float(), self._threads)
+
+
+def _address(array: Array) -> int:
+    return array.ctypes.data if hasattr(array, "ctypes") else array.data_ptr()
+
+
+def _dtype(array: Array) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _is_contiguous(array: Array) -> bool:
+    return array.flags.c_contiguous if hasattr(array, "flags") else array.is_contiguous()

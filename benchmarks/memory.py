@@ -70,8 +70,8 @@ def measure(name: str, dtype: str, contender: str, *, tiny: bool) -> Figures:
     shapes = shapes_of(name, tiny=tiny)
     copy = 4 * elements(shapes)
     module = fill(torch.nn.Module(), shapes, getattr(torch, dtype))
-    _give_back()
-    before = _kilobytes("VmRSS")
+    give_back()
+    before = kilobytes("VmRSS")
     running = by_name(contender).build(module)
     for _ in range(2):
         running.update()
@@ -79,11 +79,11 @@ def measure(name: str, dtype: str, contender: str, *, tiny: bool) -> Figures:
     for _ in range(UPDATES):
         running.update()
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    _give_back()
+    give_back()
     figures = Figures(
-        held=1024 * (_kilobytes("VmRSS") - before) / copy,
+        held=1024 * (kilobytes("VmRSS") - before) / copy,
         faults=faults / UPDATES,
-        peak=_peak(running.update) / copy,
+        peak=peak_of(running.update) / copy,
     )
     swap_in, swap_out = running.swap_in, running.swap_out
     if swap_in is not None and swap_out is not None:
@@ -93,27 +93,28 @@ def measure(name: str, dtype: str, contender: str, *, tiny: bool) -> Figures:
             swap_out()
 
         swap()
-        figures["swap_peak"] = _peak(swap) / copy
+        figures["swap_peak"] = peak_of(swap) / copy
     return figures
 
 
-def _peak(run: Callable[[], object]) -> int:
+def peak_of(run: Callable[[], object]) -> int:
     """Bytes that are resident at the most while this runs, over what is before."""
-    _give_back()
+    give_back()
     CLEAR_REFS.write_text("5")
-    before = _kilobytes("VmRSS")
+    before = kilobytes("VmRSS")
     run()
-    return 1024 * (_kilobytes("VmHWM") - before)
+    return 1024 * (kilobytes("VmHWM") - before)
 
 
-def _kilobytes(field: str) -> int:
+def kilobytes(field: str) -> int:
+    """What the kernel says of this process, such as VmRSS."""
     for line in STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1])
     raise RuntimeError(f"{STATUS} has no {field}")
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Returns freed memory to the system: what malloc holds back would hide later temporaries."""
     gc.collect()
     libc = ctypes.CDLL(None)

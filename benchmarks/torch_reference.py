@@ -10,9 +10,8 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from reference import FACTORS, expected_scale
 from torch import Tensor
-
-FACTORS = (2.0, 0.5, 0.5, 2.0)
 
 
 class MovingWeights:
@@ -51,10 +50,7 @@ class MovingWeights:
           mix: how much an update weighs, by its number; the first is 1.
           updates: the moves after which there was an update; all if not given.
         """
-        expected = self.scales[0]
-        moves = range(1, len(self.scales)) if updates is None else updates
-        for number, move in enumerate(moves, start=1):
-            expected += mix(number) * (self.scales[move] - expected)
+        expected = expected_scale(self.scales, mix, updates)
         worst = 0.0
         for average, weight in zip(averages, self.tensors, strict=True):
             right = weight.double() * (expected / self.scales[-1])

@@ -46,6 +46,7 @@ class Loan:
             # Of another loan, whose average is what waits now.
             if isinstance(guard := vars(variable).get("_direct_assign"), _Guard):
                 guard.rescue()
+        self._pieces = self._cut()
         with torch.no_grad():
             self._exchange()
             try:
@@ -100,6 +101,8 @@ class Loan:
         for index, average in self._rescued.items():
             self._weights[index].copy_(self._homes[index])
             self._homes[index].copy_(average)
+        if self._rescued:
+            self._pieces = self._cut()
         self._exchange()
         for variable, weight in zip(self._variables, self._weights, strict=True):
             here = tensor_of(variable)
@@ -110,14 +113,19 @@ class Loan:
         return [index for index in range(len(self._homes)) if index not in self._kept]
 
     def _exchange(self) -> None:
+        for piece in self._pieces:
+            torch._foreach_copy_(piece.rooms, piece.weights)
+            torch._foreach_copy_(piece.weights, piece.averages)
+            torch._foreach_copy_(piece.averages, piece.rooms)
+
+    def _cut(self) -> list[Piece]:
+        """What is exchanged; all at once, so that nothing is allocated after the first moved."""
         pairs = [
             (self._homes[index], self._weights[index])
             for index in self._in_exchange()
             if index not in self._rescued
         ]
-        # All at once, so that nothing is allocated after the first has moved.
-        for piece in [*in_pieces(pairs, self._scratch)]:
-            _exchange(piece)
+        return [*in_pieces(pairs, self._scratch)]
 
     def _was_written(self) -> bool:
         """Whether an average was written to where no guard could take it out."""
@@ -178,9 +186,3 @@ def _alike(average: Tensor, weight: Tensor) -> bool:
         and weight.is_contiguous()
         and average.is_contiguous()
     )
-
-
-def _exchange(piece: Piece) -> None:
-    torch._foreach_copy_(piece.rooms, piece.weights)
-    torch._foreach_copy_(piece.weights, piece.averages)
-    torch._foreach_copy_(piece.averages, piece.rooms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -54,17 +54,27 @@ def in_pieces(pairs: list[tuple[Tensor, Tensor]], scratch: Scratch) -> Iterator[
     """
     kinds = itertools.groupby(pairs, key=lambda pair: (pair[0].device, pair[0].dtype))
     for (device, dtype), group in kinds:
-        limit = limit_on(device)
-        piece, used = Piece([], [], []), 0
-        for pair in group:
-            flat = [torch.split(tensor.detach().view(-1), limit) for tensor in pair]
-            for average, weight in zip(*flat, strict=True):
-                size = average.numel()
-                if used + size > limit:
-                    yield piece
-                    piece, used = Piece([], [], []), 0
-                piece.averages.append(average)
-                piece.weights.append(weight)
-                piece.rooms.append(scratch.of(device, dtype)[used : used + size])
-                used += size
-        yield piece
+        limit, row = limit_on(device), scratch.of(device, dtype)
+        averages: list[Tensor] = []
+        weights: list[Tensor] = []
+        sizes: list[int] = []
+        used = 0
+        for average, weight in _cut(group, limit):
+            size = average.numel()
+            if used + size > limit:
+                yield Piece(averages, weights, [*torch.split(row[:used], sizes)])
+                averages, weights, sizes, used = [], [], [], 0
+            averages.append(average)
+            weights.append(weight)
+            sizes.append(size)
+            used += size
+        yield Piece(averages, weights, [*torch.split(row[:used], sizes)])
+
+
+def _cut(pairs: Iterable[tuple[Tensor, Tensor]], limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for average, weight in pairs:
+        flat = average.view(-1), weight.view(-1)
+        if average.numel() <= limit:
+            yield flat
+        else:
+            yield from zip(*(torch.split(tensor, limit) for tensor in flat), strict=True)
