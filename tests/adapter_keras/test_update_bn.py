@@ -218,7 +218,9 @@ def test_no_batch_norm_is_a_no_op_that_says_so():
         update_bn(model, X)
 
 
-@pytest.mark.parametrize("empty", [[], np.zeros((0, 4), "float32"), iter(())], ids=repr)
+@pytest.mark.parametrize(
+    "empty", [[], np.zeros((0, 4), "float32"), iter(())], ids=["list", "array", "iterator"]
+)
 def test_no_data_is_an_error(empty):
     model, layer = one_layer((4,))
     with pytest.raises(BatchNormError, match="no batch"):
