@@ -8,7 +8,9 @@ import threading
 
 import keras
 import numpy as np
+import pandas
 import pytest
+import scipy.sparse
 from adapter_keras.small_models import X, Y, array, stream, with_batch_norm
 
 from swa_core import BatchNormError, ConfigError, SWAWarning
@@ -156,11 +158,9 @@ def test_a_dict_in_batches_of_a_dataset():
 
 
 def test_a_data_frame_and_a_sparse_matrix():
-    sparse = pytest.importorskip("scipy.sparse")
     model, layer = one_layer()
-    update_bn(model, sparse.coo_array(X), batch_size=7, verbose=0)
+    update_bn(model, scipy.sparse.coo_array(X), batch_size=7, verbose=0)
     check(layer)
-    pandas = pytest.importorskip("pandas")
     model, layer = one_layer()
     frame = pandas.DataFrame(X, index=np.linspace(0, 50, 24), columns=[*"abcd"])
     update_bn(model, (frame, pandas.Series(Y[:, 0])), batch_size=7, verbose=0)
