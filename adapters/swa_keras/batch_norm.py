@@ -18,7 +18,7 @@ from swa_keras.preserving import preserved_modules, preserved_random
 from swa_keras.recording import Forward, compiled, other_variables, recorder
 
 # How layers that keep statistics of batches call them, here and elsewhere.
-_NAMES = ({"moving_mean", "moving_variance"}, {"running_mean", "running_var"})
+_NAMES = ({"moving_mean", "moving_variance"}, {"running_mean", "running_var"}, {"batch_stats"})
 
 
 def update_bn(
@@ -246,7 +246,8 @@ def _layers(model: Any) -> list[Any]:
 
 
 def _lookalikes(model: Any) -> list[str]:
-    """Layers of others, and torch's in a wrapper, that keep what looks like statistics of batches.
+    """Layers of others that keep what looks like statistics of batches, also those of torch and
+    flax in a wrapper.
 
     A layer keeps them under the names that are customary; what has others is not found.
     """
@@ -257,6 +258,8 @@ def _lookalikes(model: Any) -> list[str]:
         names = {variable.name for variable in layer._non_trainable_variables}
         if isinstance(layer, keras.layers.TorchModuleWrapper):
             names = {name.split(".")[-1] for name, _ in layer.module.named_buffers()}
+        elif isinstance(layer, keras.layers.JaxLayer) and isinstance(layer.state, dict):
+            names = set(layer.state)  # the collections of flax
         if any(pair <= names for pair in _NAMES):
             found.append(f"'{layer.path}' ({type(layer).__name__})")
     return found

@@ -210,6 +210,26 @@ class Deaf(Norms):
         return self.norm(self.fixed(x, training=False))
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="functions of jax run on jax alone")
+def test_batch_norm_of_flax_in_a_wrapper_is_named_and_left_alone():
+    def call(params, state, inputs, training):
+        mean = inputs.mean(0) if training else state["batch_stats"]["mean"]
+        return (inputs - mean) * params["scale"], {"batch_stats": {"mean": mean}}
+
+    wrapper = keras.layers.JaxLayer(
+        call,
+        params={"scale": np.ones(4, "float32")},
+        state={"batch_stats": {"mean": np.zeros(4, "float32")}},
+        name="flax",
+    )
+    ours = keras.layers.BatchNormalization()
+    model = of(wrapper, ours)
+    with pytest.warns(SWAWarning, match=r"flax' \(JaxLayer\) keep running statistics"):
+        update_bn(model, 3 + X, verbose=0)
+    assert not array(wrapper.state["batch_stats"]["mean"]).any()
+    check(ours, X - X.mean(0))
+
+
 def test_a_layer_called_as_in_inference_keeps_its_statistics():
     model = Attentive()
     model(X)
