@@ -72,7 +72,17 @@ class Backend(Protocol):
         """New averages with these values, where the variables are."""
 
     def to_numpy(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """A copy on the host (Keras' own conversion warns with numpy 2 on two backends)."""
+        """A copy on the host (Keras' own conversion warns with numpy 2 on two backends).
+
+        Of what is spread over several processes, all of them have to ask for it.
+        """
+
+    def batch(self, array: npt.NDArray[Any] | Tensor) -> Tensor:
+        """Data of this process, spread over the devices as ``fit`` spreads it.
+
+        Raises:
+          BatchNormError: it cannot be cut for the devices of several processes.
+        """
 
     def forked_random(self) -> AbstractContextManager[Any]:
         """A context after which the framework's own random numbers go on as before it."""

@@ -1,4 +1,8 @@
-"""Averages as tf.Variables outside the model: one XLA-compiled lerp over all of them."""
+"""Averages as tf.Variables outside the model: one XLA-compiled lerp over all of them.
+
+An average lies on the device of its variable. With ``tf.distribute`` that is the first replica's
+alone, for all replicas hold the same weights; an assignment reaches all of them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import keras
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
@@ -14,6 +19,10 @@ from swa_keras.backend import Variable, wide
 
 # What TensorFlow raises, before anything has run, where XLA does not serve a device.
 _NO_XLA = (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
+
+# A value, or those of the replicas of tf.distribute, which need not agree: each has seeds and
+# running statistics of its own.
+_Held = tf.Tensor | tuple[tf.Tensor, ...]
 
 
 class _TensorFlowBackend:
@@ -28,8 +37,7 @@ class _TensorFlowBackend:
 
     def copies(self, variables: Sequence[Variable]) -> list[tf.Variable]:
         return [
-            tf.Variable(tf.cast(tf.identity(v.value), wide(v.dtype)), trainable=False)
-            for v in variables
+            _average(lambda v=v: tf.cast(tf.identity(v.value), wide(v.dtype)), v) for v in variables
         ]
 
     def lerp(
@@ -51,15 +59,17 @@ class _TensorFlowBackend:
         assert self._finite is not None
         return bool(self._sums()) or bool(self._finite())
 
-    def copy_state(self, variables: Sequence[Variable]) -> list[tf.Tensor]:
+    def copy_state(self, variables: Sequence[Variable]) -> list[_Held]:
         # No copy: an assignment gives the variable another buffer while this one is held.
-        return [tf.identity(v.value) for v in variables]
+        return [_held(v.value) for v in variables]
 
-    def assign(
-        self, variables: Sequence[Variable], values: Sequence[tf.Variable | tf.Tensor]
-    ) -> None:
+    def assign(self, variables: Sequence[Variable], values: Sequence[tf.Variable | _Held]) -> None:
         for variable, value in zip(variables, values, strict=True):
-            variable.assign(tf.identity(value))
+            if isinstance(value, tuple):
+                for replica, own in zip(_replicas(variable.value), value, strict=True):
+                    replica.assign(own)
+            else:
+                variable.assign(tf.identity(value))
 
     def keep_in_evaluation(self, model: Any) -> None:
         pass  # it takes nothing away
@@ -70,10 +80,18 @@ class _TensorFlowBackend:
     def from_numpy(
         self, arrays: Sequence[npt.NDArray[Any]], variables: Sequence[Variable]
     ) -> list[tf.Variable]:
-        return [tf.Variable(array, trainable=False) for array in arrays]
+        return [
+            _average(lambda array=array: tf.constant(array), v)
+            for array, v in zip(arrays, variables, strict=True)
+        ]
 
     def to_numpy(self, tensor: Any) -> npt.NDArray[Any]:
-        return np.array(tensor.numpy())
+        # Of replicas the first, whose values Keras saves too.
+        first = tensor[0] if isinstance(tensor, tuple) else tensor
+        return np.array(first.numpy())
+
+    def batch(self, array: Any) -> Any:
+        return array if keras.ops.is_tensor(array) else keras.ops.convert_to_tensor(array)
 
     def forked_random(self) -> AbstractContextManager[Any]:
         return nullcontext()  # evaluate and forward passes draw none
@@ -114,6 +132,25 @@ class _Loan:
     def _assign(self, values: Sequence[tf.Variable | tf.Tensor]) -> None:
         for variable, value in zip(self._variables, values, strict=True):
             variable.assign(tf.identity(value))
+
+
+def _held(value: tf.Variable) -> _Held:
+    if isinstance(value, tf.distribute.DistributedValues):
+        return tuple(map(tf.identity, _replicas(value)))
+    return tf.identity(value)
+
+
+def _replicas(value: tf.Variable) -> Sequence[tf.Variable]:
+    """The variables of which a variable of ``tf.distribute`` is made, or the only one."""
+    is_distributed = isinstance(value, tf.distribute.DistributedValues)
+    return tuple(value.values) if is_distributed else (value,)
+
+
+def _average(value: Callable[[], tf.Tensor], variable: Variable) -> tf.Variable:
+    first = _replicas(variable.value)[0]
+    # By the class itself: inside the scope of a strategy tf.Variable makes one for each replica.
+    with tf.device(first.device):
+        return type(first)(value(), trainable=False)
 
 
 def _lerp(averages: list[tf.Variable], values: list[tf.Variable], weight: tf.Tensor) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import keras
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -83,6 +84,9 @@ class _TorchBackend:
         if tensor.dtype == torch.bfloat16:  # which torch does not hand to numpy
             tensor = tensor.float()
         return np.array(tensor.detach().cpu().numpy())
+
+    def batch(self, array: Any) -> Any:
+        return array if keras.ops.is_tensor(array) else keras.ops.convert_to_tensor(array)
 
     def forked_random(self) -> AbstractContextManager[Any]:
         # Every pass over a DataLoader draws a number, and the training shuffles by the next one.

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from swa_core import BatchNormError
+from swa_keras.backend import current
 
 Verbose = Literal["auto", 0, 1, 2]
 
@@ -225,10 +226,12 @@ def _sliceable(array: Any) -> Any:
 
 
 def _tensor(leaf: Any) -> Any:
-    if leaf is None or keras.ops.is_tensor(leaf):
+    if leaf is None:
         return leaf
+    if keras.ops.is_tensor(leaf):
+        return current().batch(leaf)
     if hasattr(leaf, "toarray"):
         leaf = leaf.toarray()
     # Tensors of another framework (tf.data on jax, a torch DataLoader on tensorflow).
     array = leaf if isinstance(leaf, np.ndarray) else np.asarray(leaf)
-    return array if array.dtype.kind in "OSU" else keras.ops.convert_to_tensor(array)
+    return array if array.dtype.kind in "OSU" else current().batch(array)
