@@ -38,6 +38,7 @@ class _TorchBackend:
     ) -> list[torch.Tensor]:
         same: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         narrow = []
+        averages = _beside(averages, variables)
         for average, variable in zip(averages, variables, strict=True):
             value = tensor_of(variable)
             if value.dtype == average.dtype:
@@ -95,6 +96,14 @@ class _TorchBackend:
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.no_grad()(function)
+
+
+def _beside(averages: Sequence[torch.Tensor], variables: Sequence[Variable]) -> list[torch.Tensor]:
+    """The averages where the variables are, should the model have been moved since."""
+    return [
+        average.to(tensor_of(variable).device)
+        for average, variable in zip(averages, variables, strict=True)
+    ]
 
 
 make = _TorchBackend

@@ -15,6 +15,7 @@ from swa_keras.batches import Verbose, batches_of, tensors_of, with_bar, x_of
 from swa_keras.model_state import layers_of, state_variables, synced
 from swa_keras.pooling import Pool, Statistics, add_to
 from swa_keras.preserving import preserved_modules, preserved_random
+from swa_keras.ranks import group_of, pooled_by_all, unwrapped
 from swa_keras.recording import Forward, compiled, other_variables, recorder
 
 # How layers that keep statistics of batches call them, here and elsewhere.
@@ -47,7 +48,9 @@ def update_bn(
     way, because the statistics are for the kernel the model has now.
 
     Args:
-      model: a built model. Without batch norm nothing is done, and a warning says so.
+      model: a built model. Without batch norm nothing is done, and a warning says so. Wrapped in
+        torch's DistributedDataParallel, the data of all its processes is pooled, and all have to
+        call this.
       data: training data, in any form that ``fit`` takes: arrays, a tuple (x, y), a
         tf.data.Dataset, a PyDataset (read by its workers, if it has some), a DataLoader, a
         generator or list of batches; or a function that returns one of these. A list of arrays
@@ -73,9 +76,9 @@ def update_bn(
     >>> float(layer.moving_mean[0]), round(float(layer.moving_variance[0]), 4)
     (2.0, 2.6667)
     """
-    if others := of_lookalikes(model):
+    if others := of_lookalikes(unwrapped(model)):
         warnings.warn(f"update_bn: {others}", SWAWarning, stacklevel=2)
-    if not has_batch_norm(model):
+    if not has_batch_norm(unwrapped(model)):
         warnings.warn(
             "update_bn: the model has no batch norm to update, so nothing was done.",
             SWAWarning,
@@ -131,12 +134,13 @@ class Recalibration:
     """The pooled statistics of a model, time after time with one compiled forward pass.
 
     Args:
-      model: the model.
+      model: the model, or what wraps it.
       forward: see ``update_bn``.
     """
 
     def __init__(self, model: Any, forward: Forward | None = None) -> None:
-        self._model = model
+        self._wrapper = model
+        self._model = unwrapped(model)
         self._forward = forward
         self._compiled: Callable[..., Any] | None = None
         self._known = self._identity()
@@ -151,7 +155,7 @@ class Recalibration:
         Like a compiled ``fit`` it does not see attributes of layers that change (the rate of a
         Dropout) until the model is compiled again.
         """
-        now = self._identity() if model is self._model else []
+        now = self._identity() if model is self._wrapper else []
         return len(now) == len(self._known) and all(
             a is b for a, b in zip(now, self._known, strict=True)
         )
@@ -163,9 +167,15 @@ class Recalibration:
         model = synced(self._model)
         check(model)
         layers = _layers(model)
+        pools = [Pool() for _ in layers]
+        names = [layer.path for layer in layers]
         # A functional model knows how many inputs it has; of others, one is taken for granted.
         inputs = getattr(model, "inputs", None)
-        with preserved_random(data), preserved_modules(model):
+        with (
+            pooled_by_all(group_of(self._wrapper), names, pools),
+            preserved_random(data),
+            preserved_modules(model),
+        ):
             batches, number = batches_of(
                 data,
                 batch_size=batch_size,
@@ -173,7 +183,7 @@ class Recalibration:
                 n_inputs=len(inputs) if isinstance(inputs, list) else 1,
             )
             with closing(with_bar(batches, number, verbose)) as shown:
-                pools = self._pools(layers, shown, steps)
+                self._fill(pools, layers, shown, steps)
         if not any(pool.reached for pool in pools):
             warnings.warn(
                 f"SWA: no batch-norm layer was in training mode on this data (the first is "
@@ -194,11 +204,12 @@ class Recalibration:
             )
         return found
 
-    def _pools(self, layers: list[Any], batches: Iterator[Any], steps: int | None) -> list[Pool]:
+    def _fill(
+        self, pools: list[Pool], layers: list[Any], batches: Iterator[Any], steps: int | None
+    ) -> None:
         model, prepare = self._model, x_of if self._forward is None else tensors_of
         state = [v.value for v in state_variables(model)]
         rest = [v.value for v in other_variables(model)]
-        pools = [Pool() for _ in layers]
         used = 0
         for batch in batches:
             tensors = prepare(batch)
@@ -221,7 +232,6 @@ class Recalibration:
                 SWAWarning,
                 stacklevel=4,
             )
-        return pools
 
     def _identity(self) -> list[Any]:
         """What the compiled forward pass is of, to be compared object by object."""

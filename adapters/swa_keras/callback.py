@@ -22,6 +22,7 @@ from swa_keras.learning_rate import check_settable
 from swa_keras.lending import Lender, usable
 from swa_keras.model_state import averaged_variables, inner_optimizer, synced
 from swa_keras.progress import Progress
+from swa_keras.ranks import unwrapped
 from swa_keras.saving import check_live, live_of, plain, progress_of
 from swa_keras.swapping import live_variables
 from swa_keras.validation import Validation
@@ -125,6 +126,9 @@ class SWA(keras.callbacks.Callback):
     def averaged_weights(self) -> list[npt.NDArray[Any]]:
         """Copies of the averages, float32 or wider, in the order of ``model.trainable_variables``.
 
+        Where ``keras.distribution`` shards weights over several processes, all of them have to ask
+        (so for ``state_dict``), for each gets the whole of what it has but a part of.
+
         Before the first snapshot these are the live weights, and a warning says so once.
         """
         return self._lender.weights(lambda: usable(self.model))
@@ -149,6 +153,7 @@ class SWA(keras.callbacks.Callback):
           ConfigError: a length that the configuration needs is missing.
         """
         self._lender.refuse_swapped("begin a training")
+        model = unwrapped(model)
         self.set_model(model)
         self._check(model)
         self._progress.begin(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
@@ -181,6 +186,7 @@ class SWA(keras.callbacks.Callback):
         2
         """
         self._lender.refuse_swapped("count an update")
+        model = unwrapped(model)
         if self.schedule is None:
             self.begin(model)
         update, is_snapshot = self._progress.following()
@@ -255,7 +261,8 @@ class SWA(keras.callbacks.Callback):
         model keeps its live weights, and a warning says so once.
 
         Args:
-          model: the model; by default the one in training.
+          model: the model; by default the one in training. Wrapped in torch's
+            DistributedDataParallel, ``bn_data`` is pooled over its processes, which all call this.
           bn_data: recompute the batch-norm statistics on it; by default the callback's.
 
         Yields:
@@ -271,7 +278,8 @@ class SWA(keras.callbacks.Callback):
         """Makes the average the model's weights for good.
 
         Args:
-          model: the model; by default the one in training.
+          model: the model; by default the one in training. Wrapped in torch's
+            DistributedDataParallel, ``bn_data`` is pooled over its processes, which all call this.
           bn_data: recompute the batch-norm statistics on it; by default the callback's.
 
         Raises:

@@ -16,6 +16,7 @@ from swa_keras.averages import RunningAverage
 from swa_keras.backend import current, wide
 from swa_keras.model_state import averaged_variables, synced
 from swa_keras.pooling import Statistics
+from swa_keras.ranks import unwrapped
 from swa_keras.swapping import Swap
 
 
@@ -50,7 +51,7 @@ class Lender:
         """Copies of the averages; of the live weights, with one warning, before there are any."""
         if self.average.n_averaged:
             return self.average.arrays()
-        variables = averaged_variables(model())
+        variables = averaged_variables(unwrapped(model()))
         self._warn_empty()
         return [current().to_numpy(keras.ops.cast(v.value, wide(v.dtype))) for v in variables]
 
@@ -62,7 +63,7 @@ class Lender:
             self._warn_empty()
             yield model
             return
-        self.swap = Swap(model, self.average, self._recompute(bn_data))
+        self.swap = Swap(unwrapped(model), self.average, self._recompute(model, bn_data))
         try:
             yield model
         finally:
@@ -92,7 +93,7 @@ class Lender:
                 f"finalize(): nothing is averaged yet after {updates} updates{skipped}.",
                 hint=f"train past the first snapshot{known}, or start the average sooner.",
             )
-        Swap(model, self.average, self._recompute(bn_data)).keep()
+        Swap(unwrapped(model), self.average, self._recompute(model, bn_data)).keep()
 
     def refuse_swapped(self, what: str) -> None:
         """Raises ``SwappedError`` while a model holds the average."""
@@ -102,16 +103,16 @@ class Lender:
                 hint="leave the with-block first.",
             )
 
-    def _recompute(self, bn_data: Any) -> Callable[[Any], None] | None:
+    def _recompute(self, model: Any, bn_data: Any) -> Callable[[Any], None] | None:
         """What makes the batch-norm statistics those of the average, or None."""
         if bn_data is not None:
-            return lambda model: batch_norm.update_bn(model, bn_data, verbose=0)
+            return lambda _: batch_norm.update_bn(model, bn_data, verbose=0)
         if self._bn_data is None:
             return None
 
-        def recompute(model: Any) -> None:
+        def recompute(inner: Any) -> None:
             # Only a new snapshot makes new statistics, so one pass serves until then.
-            if not batch_norm.has_batch_norm(model):
+            if not batch_norm.has_batch_norm(inner):
                 return
             kept = self._statistics
             if kept is None or kept[0] != self.average.n_averaged or kept[1] is not model:
@@ -134,16 +135,17 @@ class Lender:
 
 
 def usable(model: Any) -> Any:
-    """The model with its values in its variables.
+    """The model, wrapped or not, with its values in its variables.
 
     Raises:
       SWAError: no model, or one without weights yet.
     """
     if model is None:
         raise SWAError("there is no model yet.", hint="pass it, or train with this callback first.")
-    if not model.built:
+    if not unwrapped(model).built:
         raise SWAError(
             "the model is not built, so it has no weights yet.",
             hint="call it on a batch of data first.",
         )
-    return synced(model)
+    synced(unwrapped(model))
+    return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -40,6 +41,12 @@ class Pool:
         self.squares = self.squares + variance * count + distance**2 * self.count * share
         self.mean = self.mean + distance * share
         self.count = total
+
+    def take(self, others: Sequence[tuple[Any, Any, Any]]) -> None:
+        """Becomes the pool of others' counts, means and squares."""
+        self.count, self.mean, self.squares = np.zeros(1), np.zeros(1), np.zeros(1)
+        for count, mean, squares in others:
+            self.add(mean, squares / np.maximum(count, 1), count)
 
     def statistics(self, layer: Any) -> Statistics:
         """The statistics; channels that were masked throughout keep theirs."""

@@ -16,7 +16,7 @@ from adapter_keras.distributed.launching import Launch, launch
 LAUNCHES = {
     "jax": [Launch("jax_devices", "jax", 1, 8), Launch("jax_processes", "jax", 2, 2)],
     "tensorflow": [Launch("tf_strategies", "tensorflow", 1, 1)],
-    "torch": [],
+    "torch": [Launch("torch_ranks", "torch", 2, 1)],
 }[os.environ["KERAS_BACKEND"]]
 
 
