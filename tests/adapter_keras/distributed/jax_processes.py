@@ -34,7 +34,7 @@ from adapter_keras.small_models import array, everything, same, weights
 from jax.experimental import multihost_utils
 
 from swa_core import BatchNormError
-from swa_keras import update_bn
+from swa_keras import SWA, update_bn
 
 
 @cache
@@ -111,6 +111,17 @@ def check_a_resumed_training_is_bit_identical(kind: str) -> None:
     swa = resuming_is_bit_identical(run(kind), model, data(kind))
     for average, variable in zip(swa._average._tensors, model.trainable_variables, strict=True):
         assert average.sharding == variable.value.sharding, variable.path
+
+
+def check_one_file_is_written_by_all_and_read_by_all(kind: str) -> None:
+    swa, path = run(kind).swa, f"{kind}.safetensors"
+    swa.save(path)
+    multihost_utils.sync_global_devices("written")
+    fresh = SWA.load(path, bn_data=(X,))
+    fresh.set_model(network())
+    same(fresh.averaged_weights, swa.averaged_weights)
+    fresh.finalize()
+    same(weights(fresh.model), swa.averaged_weights)
 
 
 def check_live_weights_saved_while_swapped_come_back(kind: str) -> None:

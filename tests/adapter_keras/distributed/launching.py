@@ -56,6 +56,7 @@ def launch(what: Launch, folder: Path) -> dict[str, str | None]:
             process = subprocess.Popen(
                 [sys.executable, "-m", "adapter_keras.distributed.process", what.module, str(told)],
                 env={**environment, "RANK": str(rank)},
+                cwd=folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
