@@ -15,7 +15,7 @@ from swa_keras.batches import Verbose, batches_of, tensors_of, with_bar, x_of
 from swa_keras.model_state import layers_of, state_variables, synced
 from swa_keras.pooling import Pool, Statistics, add_to
 from swa_keras.preserving import preserved_modules, preserved_random
-from swa_keras.ranks import group_of, pooled_by_all, unwrapped
+from swa_keras.ranks_torch import group_of, pooled_by_all, unwrapped
 from swa_keras.recording import Forward, compiled, other_variables, recorder
 
 # How layers that keep statistics of batches call them, here and elsewhere.

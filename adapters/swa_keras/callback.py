@@ -22,7 +22,7 @@ from swa_keras.learning_rate import check_settable
 from swa_keras.lending import Lender, usable
 from swa_keras.model_state import averaged_variables, inner_optimizer, synced
 from swa_keras.progress import Progress
-from swa_keras.ranks import unwrapped
+from swa_keras.ranks_torch import unwrapped
 from swa_keras.saving import check_live, live_of, plain, progress_of
 from swa_keras.swapping import live_variables
 from swa_keras.validation import Validation

@@ -16,7 +16,7 @@ from swa_keras.averages import RunningAverage
 from swa_keras.backend import current, wide
 from swa_keras.model_state import averaged_variables, synced
 from swa_keras.pooling import Statistics
-from swa_keras.ranks import unwrapped
+from swa_keras.ranks_torch import unwrapped
 from swa_keras.swapping import Swap
 
 
