@@ -11,7 +11,16 @@ from typing import Any, Literal
 import keras
 import numpy.typing as npt
 
-from swa_core import ConfigError, Schedule, StateError, SWAConfig, SWAError, SWAState, SWAWarning
+from swa_core import (
+    ConfigError,
+    Schedule,
+    StateError,
+    StructureError,
+    SWAConfig,
+    SWAError,
+    SWAState,
+    SWAWarning,
+)
 from swa_core.errors import Fault
 from swa_core.saving import header
 from swa_keras import files
@@ -99,6 +108,11 @@ class SWA(keras.callbacks.Callback):
         self._caveats = Caveats(
             recomputes=bn_data is not None, uses_average=finalize or validate != "raw"
         )
+        # The model that the updates are of.
+        self._trained: Any = None
+        self._unbuilt = False
+        self._expects = True
+        self._warned_none = False
 
     @property
     def schedule(self) -> Schedule | None:
@@ -154,8 +168,10 @@ class SWA(keras.callbacks.Callback):
         """
         self._lender.refuse_swapped("begin a training")
         model = unwrapped(model)
+        self._refuse_other(model, "cannot begin a training")
         self.set_model(model)
         self._check(model)
+        self._settle(model)
         self._progress.begin(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
         self._caveats.say(model)
         self._load_into(model)
@@ -189,6 +205,8 @@ class SWA(keras.callbacks.Callback):
         model = unwrapped(model)
         if self.schedule is None:
             self.begin(model)
+        elif model is not self._trained:
+            self._refuse_other(model, "cannot count an update")
         update, is_snapshot = self._progress.following()
         if is_snapshot:
             self._average.add(averaged_variables(synced(model)), update)
@@ -200,24 +218,33 @@ class SWA(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Resolves the schedule, and refuses what cannot work."""
         self._lender.refuse_swapped("train")
+        self._remove_validation()
         model = self.model
+        self._refuse_other(model, "cannot train")
         self._check(model)
+        self._settle(model)
         self._progress.begin_fit(model, self.params or {})
         self._caveats.say(model)
         if model.built:
             refuse_nothing(averaged_variables(model), "cannot train with averaging")
             self._average.match(averaged_variables(model), "cannot go on averaging")
+        self._unbuilt = not model.built
         if self._validate != "raw":
-            self._remove_validation()
             self._validation = Validation(
-                model, self, both=self._validate == "both", averaged=self._context_for_validation
+                model,
+                self,
+                both=self._validate == "both",
+                averaged=self._context_for_validation,
             )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Starts counting with the first epoch of a ``fit``."""
-        if not self._progress.in_fit:
+        begins = not self._progress.in_fit
+        if begins:
             self._load_into(self.model)
         self._progress.begin_epoch(lambda: self.model, self.params or {}, epoch)
+        if begins:
+            self._expects = self._expects_average()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Sets the learning rate of ``[swa.lr]``."""
@@ -225,6 +252,9 @@ class SWA(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Takes the snapshot if one is due; otherwise only counts."""
+        if self._unbuilt:
+            self._unbuilt = False
+            refuse_nothing(averaged_variables(self.model), "cannot train with averaging")
         if self._progress.batch_end(batch):
             self._look()
 
@@ -240,7 +270,7 @@ class SWA(keras.callbacks.Callback):
             return
         if self.n_averaged:
             self.finalize()
-        else:
+        elif self._expects:
             skipped = f" ({self.n_skipped} held NaN or Inf)" if self.n_skipped else ""
             warnings.warn(
                 f"SWA: no snapshot was averaged in {self.updates} updates{skipped}; the model "
@@ -302,8 +332,7 @@ class SWA(keras.callbacks.Callback):
         ``averaged()`` it holds the training weights too, and gives them back when loaded.
         """
         swap = self._lender.swap
-        if self._progress.in_fit and swap is None:
-            synced(self._model)
+        if swap is None and self._progress.can_look(self._model):
             # A snapshot that is due belongs to the updates that are saved.
             self._look()
         average, updates = self._average, self._progress.updates()
@@ -345,6 +374,7 @@ class SWA(keras.callbacks.Callback):
                 check_live(model, live)
         self._lender.take(average)
         self._live_to_load = live
+        self._trained = None
         self._progress.load(saved, counters["updates"], progress)
         if model is not None and model.built:
             self._load_into(model)
@@ -431,6 +461,47 @@ class SWA(keras.callbacks.Callback):
         if self.config.lr is not None:
             check_settable(model)
 
+    @property
+    def _has_trained(self) -> bool:
+        return bool(self._progress.updates() or self.n_averaged)
+
+    def _refuse_other(self, model: Any, what: str) -> None:
+        """Refuses to go on with another model than the one that was trained so far."""
+        trained = self._trained
+        if trained is not None and trained is not model and self._has_trained:
+            if self._model is model:  # from fit
+                self.set_model(trained)
+            # Names the difference if there is one.
+            self._average.match(averaged_variables(synced(model)), what)
+            self._average.match(averaged_variables(synced(trained)), what)
+            raise StructureError(
+                f"{what}: this is another model than the one that was averaged.",
+                hint="make a new SWA(...) for each model. If it is the same one, loaded anew, let "
+                "a new SWA(...) load_state_dict(swa.state_dict()) of this one.",
+            )
+        self._trained = model
+
+    def _settle(self, model: Any) -> None:
+        """Ends the count of a fit that an exception ended."""
+        if self._progress.settle(model):
+            self._average.add(averaged_variables(model), self._progress.updates())
+            self._progress.taken()
+
+    def _expects_average(self) -> bool:
+        """Whether there will be an average at the end of this fit; warns, once, if not."""
+        expects = bool(self.n_averaged) or self._progress.snapshot_to_come
+        if not expects and not self._warned_none:
+            self._warned_none = True
+            warnings.warn(
+                f"SWA: no snapshot falls into this training. It ends at {self._progress.end}, and "
+                f"the schedule is {self.schedule} (start {self.config.start}, every "
+                f"{self.config.every}). Start sooner or train longer; in a later fit the callback "
+                "goes on counting.",
+                SWAWarning,
+                stacklevel=3,
+            )
+        return expects
+
     def _look(self) -> None:
         """Takes the snapshot if one is due."""
         model = self.model
@@ -440,7 +511,7 @@ class SWA(keras.callbacks.Callback):
 
     def _end_epoch(self) -> None:
         """Takes the snapshot of the end of an epoch, where epochs are counted."""
-        if self._progress.end_epoch(lambda: self.model, self.params or {}):
+        if self._progress.end_epoch():
             self._average.add(averaged_variables(self.model), self._progress.updates())
 
     def _context_for_validation(self) -> AbstractContextManager[Any] | None:

@@ -36,6 +36,10 @@ class Progress:
         self._next: float = NEVER
         self._counter: UpdateCounter | None = None
         self._epoch_open = False
+        # What Keras told the ``fit`` whose first epoch is still to come.
+        self._begun_with: Mapping[str, Any] | None = None
+        # The updates (or epochs) that this ``fit`` ends at, as far as known.
+        self._end: float = NEVER
         self._rate: Rate | None = None
         self._base_rate: float | None = None
         # A loaded state, as far as it waits for the schedule.
@@ -61,34 +65,63 @@ class Progress:
         """Whether batches of a ``fit`` are being counted."""
         return self._counter is not None
 
+    @property
+    def snapshot_to_come(self) -> bool:
+        """Whether a snapshot falls into the rest of this ``fit``, as far as its end is known."""
+        if self.timetable is None:
+            return False
+        following = self.timetable.schedule.next_after(self._ticks())
+        return following is not None and following <= self._end
+
+    @property
+    def end(self) -> str:
+        """Where this ``fit`` ends, for messages."""
+        return f"{'epoch' if self.counts_epochs else 'update'} {self._end:.0f}"
+
     def updates(self, model: Any = None) -> int:
         """Completed updates.
 
         Args:
           model: its optimizer is asked during ``fit``; None gives the last known number.
         """
-        if self._counter is not None and model is not None:
-            synced(model)
+        if self._counter is not None and model is not None and self.can_look(model):
             self._updates = self._counter.read(strict=False)
         return self._updates
 
     # Loops without fit
 
     def begin(self, **lengths: int | None) -> None:
-        """Resolves the schedule of a loop of one's own."""
-        self._adopt(
-            Timetable(
-                "update", self._config.schedule(**lengths), self._config.lr_schedule(**lengths)
-            )
-        )
+        """Resolves the schedule of a loop of one's own.
+
+        Raises:
+          ConfigError: times that cannot be resolved, unless an earlier training told the schedule.
+        """
+        try:
+            schedule = self._config.schedule(**lengths)
+            resolved = Timetable("update", schedule, self._config.lr_schedule(**lengths))
+        except ConfigError:
+            if self.timetable is None or any(lengths.values()):
+                raise
+            resolved = self.timetable
+        self._adopt(resolved)
 
     def following(self) -> tuple[int, bool]:
-        """The update that has just been made, and whether it is a snapshot."""
+        """The update that has just been made, and whether it is a snapshot.
+
+        Raises:
+          SWAError: a clock that ticks in epochs, or in batches of a ``fit``.
+        """
         if self.counts_epochs:
             raise SWAError(
                 "update() counts updates, but this training counts epochs, because its steps per "
                 "epoch are not known.",
                 hint="give fit steps_per_epoch.",
+            )
+        if self.in_fit:
+            raise SWAError(
+                "update() was called during a fit that has this callback, which counts by itself.",
+                hint="leave out either; after a fit that an exception ended, call "
+                "swa.begin(model) first.",
             )
         update = self._updates + 1
         return update, update >= self._next
@@ -105,14 +138,22 @@ class Progress:
 
         Raises:
           ConfigError: times that cannot be resolved; rates inside an execution of several steps.
+          SWAError: the callback is in the list twice.
         """
+        if self._begun_with is not None and params is self._begun_with:
+            raise SWAError(
+                "the callback is listed twice in the callbacks of one fit.",
+                hint="list it once; for two averages make two SWA(...).",
+            )
+        self._begun_with = params
+        if params.get("epochs") == 0:
+            return
         try:
             resolved = timetable(
                 self._config,
                 steps=params.get("steps"),
                 epochs=params.get("epochs"),
                 accumulation=accumulation_of(model),
-                goes_on=bool(self._updates),
             )
         except ConfigError:
             if self.timetable is None:
@@ -131,12 +172,21 @@ class Progress:
                 source="the schedule",
             )
         self._adopt(resolved)
+
+    def settle(self, model: Any) -> bool:
+        """Ends the count of a ``fit`` that an exception ended; whether a snapshot is still due."""
+        if self._counter is None:
+            return False
+        can_look = self.can_look(model)
+        self._updates = self._counter.read_interrupted()
         self._counter = None
+        return can_look and self._updates == self._next
 
     def begin_epoch(self, model: Callable[[], Any], params: Mapping[str, Any], epoch: int) -> None:
         """Counts from here on; from the first epoch of a ``fit``, since every callback has loaded
         what it wanted to by then."""
         if self._counter is None:
+            self._begun_with = None
             self._counter = self._counter_of(model(), params, epoch)
         self._counter.new_epoch()
         self._epoch_open = True
@@ -149,6 +199,11 @@ class Progress:
             return False
         self._counter.batch_end(batch)
         return self._counter.at_most >= self._next
+
+    def can_look(self, model: Any) -> bool:
+        """Whether the optimizer can be asked in a ``fit``, or after one that an error ended."""
+        synced(model)
+        return self._counter is not None and self._counter.is_readable
 
     def look(self, model: Any) -> bool:
         """Asks the optimizer how many updates are completed; whether a snapshot is due.
@@ -166,20 +221,22 @@ class Progress:
         """The snapshot that was due is taken."""
         self._look_ahead()
 
-    def end_epoch(self, model: Callable[[], Any], params: Mapping[str, Any]) -> bool:
-        """Ticks, once at each end of an epoch; whether a snapshot falls on it."""
+    def end_epoch(self) -> bool:
+        """Ticks, once at each end of an epoch; whether a snapshot falls on it.
+
+        Here the optimizer may be asked: Keras has synced the model, to read its metrics.
+
+        Raises:
+          SWAError: an optimizer that makes no updates.
+        """
         if not self._epoch_open or self.timetable is None or self._counter is None:
             return False
         self._epoch_open = False
         self.epochs += 1
-        if not params.get("steps"):
-            model()
-            self._counter.data_ran_out()
-        if not self.counts_epochs or not self.timetable.schedule.is_snapshot(self.epochs):
-            return False
-        model()
-        self._updates = self._counter.read(strict=False)
-        return True
+        self._updates = self._counter.end_epoch()
+        if not self.counts_epochs:
+            self._counter.refuse_still()
+        return self.counts_epochs and bool(self.timetable.schedule.is_snapshot(self.epochs))
 
     def end_fit(self) -> None:
         """Counts what the last batches brought, from variables that are in place."""
@@ -191,7 +248,10 @@ class Progress:
 
     def prepare_batch(self, model: Callable[[], Any]) -> None:
         """Sets the rate of ``[swa.lr]`` for the update of the next batch of ``fit``."""
-        if self._rate is None or self._counter is None:
+        if self._counter is None:
+            return
+        self._counter.batch_begin()
+        if self._rate is None:
             return
         if self.counts_epochs:
             update = self.epochs + 1
@@ -237,6 +297,8 @@ class Progress:
         self.epochs = found.epochs
         self._base_rate = found.base_rate
         self._unchecked = saved if self.timetable is None else None
+        if self._counter is not None:
+            self._counter.restart(updates)
         if self.timetable is not None:
             self._set_up_rate(self.timetable)
             self._look_ahead()
@@ -280,6 +342,13 @@ class Progress:
         steps = params.get("steps")
         if epoch and not self._updates and not self.epochs:
             # A training that was begun elsewhere.
+            if not steps and not self.counts_epochs:
+                fault = Fault(
+                    "initial_epoch",
+                    f"{epoch} epochs are done, but how many updates these were is not known. Give "
+                    "fit steps_per_epoch, or load the state that was saved then.",
+                )
+                raise ConfigError([fault], source="the schedule")
             self.epochs = epoch
             self._updates = epoch * (steps or 0) // accumulation_of(model)
         counter = UpdateCounter(model, self._updates)
@@ -291,6 +360,12 @@ class Progress:
                 steps_per_execution=model.steps_per_execution,
             )
         self._look_ahead()
+        epochs = max((params.get("epochs") or 0) - epoch, 0)
+        self._end = NEVER
+        if self.counts_epochs:
+            self._end = self.epochs + epochs
+        elif steps:
+            self._end = counter.after(epochs * steps)
         return counter
 
 

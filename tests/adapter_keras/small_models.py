@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 
+import swa_core
 from swa_keras.backend import current
 
 RNG = np.random.default_rng(0)
@@ -80,6 +81,21 @@ def close(actual, expected, rtol=1e-6):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7)
 
 
+def core_average(recorded, schedule, rule, nonfinite="skip"):
+    """What the core makes of the weights after every update."""
+    state = swa_core.init(recorded[min(recorded)])
+    for update in sorted(recorded):
+        state = swa_core.update(state, recorded[update], schedule, rule, nonfinite=nonfinite)
+    return state
+
+
+def averages(swa, updates, schedule=None):
+    """Checks a callback's average against the core's on the weights after every update."""
+    core = core_average(updates, schedule or swa.schedule, swa.config.rule)
+    assert swa.n_averaged == core.n_averaged
+    close(swa.averaged_weights, core.average)
+
+
 class Recorder(keras.callbacks.Callback):
     """The weights after every update, by the number of the batch in the training."""
 
@@ -89,6 +105,29 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self.after[len(self.after) + 1] = weights(self.model)
+
+
+class Updates(keras.callbacks.Callback):
+    """The weights after every update that changed them, by its number in the training; it may be
+    listed in several calls of ``fit``."""
+
+    def __init__(self):
+        super().__init__()
+        self.after = {}
+        self._latest = None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        # What was loaded between two epochs is no update.
+        if batch == 0 and self.model.built:
+            self._latest = weights(self.model)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.look(self.model)
+
+    def look(self, model):
+        now, before = weights(model), self._latest
+        if before is None or any((a != b).any() for a, b in zip(now, before, strict=True)):
+            self.after[len(self.after) + 1] = self._latest = now
 
 
 def stream(steps=STEPS):

@@ -11,6 +11,7 @@ from adapter_keras.small_models import (
     X,
     Y,
     close,
+    core_average,
     dense,
     everything,
     fit,
@@ -23,13 +24,6 @@ from adapter_keras.small_models import (
 import swa_core
 from swa_core import EMA, ConfigError, Polynomial, Schedule, SWAConfig, SWAWarning
 from swa_keras import SWA
-
-
-def core_average(recorded, schedule, rule, nonfinite="skip"):
-    state = swa_core.init(recorded[1])
-    for update in sorted(recorded):
-        state = swa_core.update(state, recorded[update], schedule, rule, nonfinite=nonfinite)
-    return state
 
 
 @pytest.mark.parametrize(

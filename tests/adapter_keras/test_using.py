@@ -83,8 +83,6 @@ def test_with_nothing_averaged():
     assert "Hint: train past the first snapshot (the schedule is Sched" in str(error.value)
     with pytest.raises(NothingAveragedError, match="Hint: train past the first snapshot, or"):
         SWA(EVERY_STEP).finalize(model)
-    with pytest.raises(ConfigError, match="before the first snapshot"):
-        fit(model, SWA({"start": "99step", "every": "1step"}))
 
 
 def test_the_end_of_a_training_without_a_snapshot_warns_and_keeps_the_weights():
@@ -418,5 +416,5 @@ def test_a_train_step_that_leaves_the_models_optimizer_alone_is_refused():
     model = OwnOptimizer()
     model.compile("sgd", "mse", jit_compile=False)
     model(X)
-    with pytest.raises(SWAError, match="made no update in the last"):
+    with pytest.raises(SWAError, match="made no update in 4 batches"):
         fit(model, SWA({"start": "2step", "every": "1step"}))
