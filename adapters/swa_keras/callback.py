@@ -68,6 +68,9 @@ class SWA(keras.callbacks.Callback):
         "raw" leaves validation alone.
       finalize: whether ``fit`` ends with the average in the model. If False, use ``averaged`` and
         ``finalize``.
+      name: what the average is called in the logs: with "ema" they are ``val_ema_*``. Several
+        callbacks on one model are independent of each other, and each needs a name of its own;
+        the model ends on the average of the last that finalizes.
 
     Raises:
       ConfigError: everything wrong with the configuration; later, at the start of ``fit``, times
@@ -93,12 +96,14 @@ class SWA(keras.callbacks.Callback):
         bn_data: Any = None,
         validate: Validate = "both",
         finalize: bool = True,
+        name: str = "swa",
     ) -> None:
         super().__init__()
         self.config = SWAConfig.of(config)
-        if faults := _faults(bn_data, validate):
+        if faults := _faults(bn_data, validate, name):
             raise ConfigError(faults, source="SWA(...)")
         self._validate = validate
+        self._name = name
         self._finalize_at_end = finalize
         self._progress = Progress(self.config)
         self._lender = Lender(RunningAverage(self.config.rule, self.config.nonfinite), bn_data)
@@ -234,6 +239,7 @@ class SWA(keras.callbacks.Callback):
                 model,
                 self,
                 both=self._validate == "both",
+                name=self._name,
                 averaged=self._context_for_validation,
             )
 
@@ -546,10 +552,12 @@ class SWA(keras.callbacks.Callback):
         return usable(self.model if model is None else model)
 
 
-def _faults(bn_data: Any, validate: Any) -> list[Fault]:
+def _faults(bn_data: Any, validate: Any, name: Any) -> list[Fault]:
     faults = []
     if validate not in ("both", "average", "raw"):
         faults.append(Fault("validate", f'expected "both", "average" or "raw", got {validate!r}.'))
+    if not isinstance(name, str) or not name.isidentifier():
+        faults.append(Fault("name", f'expected a name such as "swa" or "ema", got {name!r}.'))
     if bn_data is not None and (fault := fault_of(bn_data)):
         faults.append(Fault("bn_data", fault))
     return faults

@@ -143,7 +143,7 @@ class Progress:
         if self._begun_with is not None and params is self._begun_with:
             raise SWAError(
                 "the callback is listed twice in the callbacks of one fit.",
-                hint="list it once; for two averages make two SWA(...).",
+                hint="list it once; for two averages make two SWA(...), each with its name.",
             )
         self._begun_with = params
         if params.get("epochs") == 0:

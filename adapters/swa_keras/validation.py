@@ -28,6 +28,7 @@ class Validation:
       model: the model in ``fit``.
       callback: the one whose ``fit`` it is.
       both: validate on the training weights too.
+      name: what the averaged metrics are called: ``val_<name>_loss``.
       averaged: gives the context with the average in the model, or None where there is none yet.
     """
 
@@ -37,11 +38,13 @@ class Validation:
         callback: keras.callbacks.Callback,
         *,
         both: bool,
+        name: str,
         averaged: Callable[[], AbstractContextManager[Any] | None],
     ) -> None:
         self._model = model
         self._callback = callback
         self._both = both
+        self._prefix = f"{name}_"
         self._averaged = averaged
         self._active = True
         self._warned = False
@@ -71,11 +74,12 @@ class Validation:
             with context:
                 return self._evaluate(*args, **kwargs)
         logs = self._evaluate(*args, **kwargs)
-        if not self._warned and any(name.startswith("swa_") for name in logs):
+        if not self._warned and any(name.startswith(self._prefix) for name in logs):
             self._warned = True
             warnings.warn(
-                "SWA: two callbacks validate their averages in one fit, and both log val_swa_*; "
-                'the later one is logged. Give one of them validate="raw".',
+                "SWA: two callbacks validate their averages in one fit, and both log "
+                f"val_{self._prefix}*; the later one is logged. Give one of them another name, "
+                'SWA(..., name="ema"), or validate="raw".',
                 SWAWarning,
                 stacklevel=2,
             )
@@ -84,7 +88,7 @@ class Validation:
             # The user's callbacks have seen this validation already.
             with current().forked_random(), context:
                 averaged = self._evaluate(*args, **{**kwargs, "callbacks": None, "verbose": 0})
-        return {**logs, **{f"swa_{name}": value for name, value in averaged.items()}}
+        return {**logs, **{f"{self._prefix}{name}": value for name, value in averaged.items()}}
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self._previous is not None:

@@ -1,9 +1,10 @@
-"""Models in ``fit``: not built yet, changed in between, several with one callback, and
-one listed twice."""
+"""Models in ``fit``: not built yet, changed in between, several with one callback, and several
+callbacks on one."""
 
 from __future__ import annotations
 
 import keras
+import numpy as np
 import pytest
 from adapter_keras.small_models import (
     Updates,
@@ -170,6 +171,31 @@ def test_the_same_callback_listed_twice_is_refused():
     fit(model, swa)  # once is fine, also after the error
     fit(model, swa)
     assert swa.n_averaged == 32
+
+
+def test_two_callbacks_with_names_are_independent():
+    alone = [SWA({"start": "50%", "every": "1ep"}), SWA({"start": "1step", "every": "3step"})]
+    expected = [fit(dense(), swa, validation_data=(X, Y)).history for swa in alone]
+    swa = SWA({"start": "50%", "every": "1ep"}, finalize=False)
+    ema = SWA({"start": "1step", "every": "3step"}, name="ema")
+    model = dense()
+    history = fit(model, swa, ema, validation_data=(X, Y)).history
+    assert set(history) == {
+        f"{kind}{metric}"
+        for kind in ("", "val_", "val_swa_", "val_ema_")
+        for metric in ("loss", "mae")
+    }
+    for one, other in zip((swa, ema), alone, strict=True):
+        same(one.averaged_weights, other.averaged_weights)
+    np.testing.assert_allclose(history["val_swa_loss"], expected[0]["val_swa_loss"], rtol=1e-5)
+    np.testing.assert_allclose(history["val_ema_loss"], expected[1]["val_swa_loss"], rtol=1e-5)
+    same(weights(model), ema.averaged_weights)
+
+
+@pytest.mark.parametrize("name", ["", "my average", 3, None])
+def test_a_name_that_is_none(name):
+    with pytest.raises(ConfigError, match="name: expected a name such as"):
+        SWA({}, name=name)
 
 
 def test_a_list_of_callbacks_driven_by_hand():
