@@ -49,7 +49,9 @@ class SWA(keras.callbacks.Callback):
 
     Where Keras does not know the number of steps per epoch, times in epochs and percentages are
     counted at the ends of epochs. Several calls of ``fit`` with one callback go on counting, by
-    the schedule of the first; ``initial_epoch`` counts as epochs done.
+    the schedule of the first; ``initial_epoch`` counts as epochs done. A ``fit`` that an error
+    ended counts as far as it came. Whoever loads a checkpoint between two epochs, or weights at
+    any time, does not turn the clock back: the next snapshot is of the weights that are there.
 
     Batch norm: the running statistics belong to the training weights. With ``bn_data`` they are
     recomputed for the average, which costs one forward pass over ``bn_data`` for every validation
@@ -75,6 +77,8 @@ class SWA(keras.callbacks.Callback):
     Raises:
       ConfigError: everything wrong with the configuration; later, at the start of ``fit``, times
         that cannot be resolved or snapshots inside an execution of several steps.
+      SWAError: later, an optimizer whose updates cannot be counted, or the callback listed twice.
+      StructureError: later, a model that has changed, or another one.
 
     Source:
       Izmailov et al. 2018, arXiv:1803.05407, Alg. 1.
@@ -166,10 +170,12 @@ class SWA(keras.callbacks.Callback):
         Args:
           model: the model to be trained.
           steps_per_epoch: updates per epoch, where the configuration counts epochs.
-          total_steps: updates in all, where it has percentages.
+          total_steps: updates in all, where it has percentages. Both may be left out where the
+            callback goes on from an earlier training.
 
         Raises:
           ConfigError: a length that the configuration needs is missing.
+          StructureError: another model than before.
         """
         self._lender.refuse_swapped("begin a training")
         model = unwrapped(model)
@@ -195,6 +201,8 @@ class SWA(keras.callbacks.Callback):
         Raises:
           SwappedError: inside ``averaged()``.
           StructureError: another model than before; the average stays as it was.
+          SWAError: in a ``fit`` that has this callback, which counts by itself; after one whose
+            clock ticked in epochs.
 
         >>> import numpy as np
         >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
