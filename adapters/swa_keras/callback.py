@@ -483,7 +483,7 @@ class SWA(keras.callbacks.Callback):
         """Refuses to go on with another model than the one that was trained so far."""
         trained = self._trained
         if trained is not None and trained is not model and self._has_trained:
-            if self._model is model:  # from fit
+            if self.model is model:  # from fit
                 self.set_model(trained)
             # Names the difference if there is one.
             self._average.match(averaged_variables(synced(model)), what)
