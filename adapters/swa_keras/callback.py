@@ -27,6 +27,7 @@ from swa_keras import files
 from swa_keras.averages import RunningAverage, refuse_nothing
 from swa_keras.batches import fault_of
 from swa_keras.caveats import Caveats
+from swa_keras.checkpoint import AveragedCheckpoint
 from swa_keras.learning_rate import check_settable
 from swa_keras.lending import Lender, usable
 from swa_keras.model_state import averaged_variables, inner_optimizer, synced
@@ -337,6 +338,46 @@ class SWA(keras.callbacks.Callback):
             self._model_or(model), bn_data, updates=updates, schedule=self.schedule
         )
 
+    # In the list of callbacks
+
+    def checkpoint(
+        self,
+        filepath: str | os.PathLike[str],
+        monitor: str | None = None,
+        *,
+        update_bn: bool = True,
+        **arguments: Any,
+    ) -> AveragedCheckpoint:
+        """A callback for ``fit`` that saves the model with the average in it.
+
+        It is a ``keras.callbacks.ModelCheckpoint`` and takes its arguments; the file loads
+        anywhere, without this package. It may stand before or after this callback. While there is
+        no snapshot it saves nothing and, with ``verbose=1``, says so; a training in which nothing
+        was saved ends with a warning. With ``save_best_only``, epochs that are not validated
+        (``validation_freq``) are left out.
+
+        Args:
+          filepath: ``*.keras``, or ``*.weights.h5`` with ``save_weights_only=True``; may have
+            fields, such as ``{epoch:02d}`` and ``{val_swa_loss:.3f}``.
+          monitor: the metric that tells which is best; by default the average's loss, which is
+            ``val_swa_loss``, or ``val_loss`` with ``validate="average"``. Whether more or less of
+            ``val_swa_accuracy`` is better is found as Keras does for ``val_accuracy``.
+          update_bn: whether the batch-norm statistics are recomputed with ``bn_data``; it costs
+            nothing where validation has done so.
+          arguments: ``save_best_only``, ``save_weights_only``, ``mode``, ``save_freq``,
+            ``verbose`` and ``initial_value_threshold`` of ``ModelCheckpoint``.
+
+        Raises:
+          ConfigError: ``save_best_only`` by a metric that is not the average's.
+          ValueError: what ``ModelCheckpoint`` refuses.
+
+        >>> swa = SWA({"start": "50%"})
+        >>> best = swa.checkpoint("best.keras", save_best_only=True)
+        >>> best.monitor
+        'val_swa_loss'
+        """
+        return AveragedCheckpoint(self, filepath, monitor, update_bn=update_bn, **arguments)
+
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
@@ -532,6 +573,23 @@ class SWA(keras.callbacks.Callback):
         # Validation comes before on_epoch_end, and must see the snapshot of this epoch.
         self._end_epoch()
         return self.averaged() if self.n_averaged else None
+
+    def _lent(self, model: Any, *, update_bn: bool) -> AbstractContextManager[Any]:
+        """``averaged``, with the choice of leaving the batch-norm statistics alone."""
+        return self._lender.averaged(usable(model), update_bn=update_bn)
+
+    @property
+    def _metrics_prefix(self) -> str | None:
+        """What the names of the average's metrics in the logs begin with; None without them."""
+        return {"both": "val_swa_", "average": "val_", "raw": None}[self._validate]
+
+    def _catch_up(self, *, epoch_ended: bool) -> None:
+        """Takes a snapshot that is due, for callbacks that are listed before this one."""
+        if epoch_ended:
+            self._end_epoch()
+        elif self._progress.in_fit:
+            synced(self._model)
+            self._look()
 
     def _remove_validation(self) -> None:
         if self._validation is not None:

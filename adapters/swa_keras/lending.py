@@ -56,14 +56,21 @@ class Lender:
         return [current().to_numpy(keras.ops.cast(v.value, wide(v.dtype))) for v in variables]
 
     @contextmanager
-    def averaged(self, model: Any, bn_data: Any = None) -> Iterator[Any]:
-        """A context in which the model computes with the average; see ``SWA.averaged``."""
+    def averaged(self, model: Any, bn_data: Any = None, *, update_bn: bool = True) -> Iterator[Any]:
+        """A context in which the model computes with the average; see ``SWA.averaged``.
+
+        Args:
+          model: the model, built.
+          bn_data: as there.
+          update_bn: False leaves the batch-norm statistics alone.
+        """
         self.refuse_swapped("swap the average in")
         if not self.average.n_averaged:
             self._warn_empty()
             yield model
             return
-        self.swap = Swap(unwrapped(model), self.average, self._recompute(model, bn_data))
+        recompute = self._recompute(model, bn_data) if update_bn else None
+        self.swap = Swap(unwrapped(model), self.average, recompute)
         try:
             yield model
         finally:
