@@ -37,12 +37,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if target.exists():
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """The rename too has to reach the disk; where a folder cannot be opened (Windows), it does."""
     flags: Any = getattr(os, "O_DIRECTORY", None)
     if flags is None:

@@ -25,6 +25,7 @@ from swa_core.errors import Fault
 from swa_core.saving import header
 from swa_keras import files
 from swa_keras.averages import RunningAverage, refuse_nothing
+from swa_keras.backup import Backup
 from swa_keras.batches import fault_of
 from swa_keras.caveats import Caveats
 from swa_keras.checkpoint import AveragedCheckpoint
@@ -377,6 +378,40 @@ class SWA(keras.callbacks.Callback):
         'val_swa_loss'
         """
         return AveragedCheckpoint(self, filepath, monitor, update_bn=update_bn, **arguments)
+
+    def backup(
+        self,
+        backup_dir: str | os.PathLike[str],
+        *,
+        save_freq: str | int = "epoch",
+        delete_checkpoint: bool = True,
+    ) -> Backup:
+        """A callback for ``fit`` with which an interrupted training goes on, average included.
+
+        Take it in the place of ``keras.callbacks.BackupAndRestore``, and run the same program
+        again: ``fit`` goes on after the last backup. Model, optimizer, epoch, the state of this
+        callback and that of the random numbers (of Python, numpy and torch) stand in one folder
+        that gets its name when all of it has reached the disk, so a process may be killed at any
+        moment. As in Keras, other callbacks (the patience of an ``EarlyStopping``), the history
+        and, on tensorflow, the order of shuffled data are not in it, nor is what a callback listed
+        after it does at the end of an epoch.
+
+        Args:
+          backup_dir: a local folder for these backups alone.
+          save_freq: "epoch", or a number of batches. After such a backup Keras begins the epoch
+            anew, with the weights of its middle, so that updates are made twice, and counted so.
+          delete_checkpoint: whether the backups are removed when ``fit`` has come to its end.
+
+        Raises:
+          ValueError: what ``BackupAndRestore`` refuses; in ``fit``:
+          SWAError: the model is not built, so nothing can be loaded into it.
+          StateError: the backup is of another configuration or training, or damaged.
+          StructureError: it is of another model.
+
+        >>> swa = SWA({"start": "50%"})
+        >>> callbacks = [swa, swa.backup("out/backup")]
+        """
+        return Backup(self, backup_dir, save_freq=save_freq, delete_checkpoint=delete_checkpoint)
 
     # Saving
 
