@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import numpy.typing as npt
 
@@ -127,6 +128,16 @@ class RunningAverage:
         was_written = self._loan.keep() if keep else self._loan.undo()
         self._loan = None
         return was_written
+
+    def is_in(self, variables: Sequence[Variable]) -> bool:
+        """Whether variables that were matched with it hold the average, NaN for NaN."""
+        ops = keras.ops
+        for tensor, variable in zip(self._tensors, variables, strict=True):
+            held, value = ops.cast(tensor, variable.dtype), variable.value
+            both_nan = ops.logical_and(ops.isnan(held), ops.isnan(value))
+            if not bool(ops.all(ops.logical_or(ops.equal(held, value), both_nan))):
+                return False
+        return True
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Copies of the averages on the host."""

@@ -17,13 +17,12 @@ from swa_core import (
     StateError,
     StructureError,
     SWAConfig,
-    SWAError,
     SWAState,
     SWAWarning,
 )
 from swa_core.errors import Fault
 from swa_core.saving import header
-from swa_keras import files
+from swa_keras import checking, files
 from swa_keras.averages import RunningAverage, refuse_nothing
 from swa_keras.backup import Backup
 from swa_keras.batches import fault_of
@@ -31,7 +30,7 @@ from swa_keras.caveats import Caveats
 from swa_keras.checkpoint import AveragedCheckpoint
 from swa_keras.learning_rate import check_settable
 from swa_keras.lending import Lender, usable
-from swa_keras.model_state import averaged_variables, inner_optimizer, synced
+from swa_keras.model_state import averaged_variables, synced
 from swa_keras.progress import Progress
 from swa_keras.ranks_torch import unwrapped
 from swa_keras.saving import check_live, live_of, plain, progress_of
@@ -124,6 +123,8 @@ class SWA(keras.callbacks.Callback):
         self._unbuilt = False
         self._expects = True
         self._warned_none = False
+        # What was said about lists of callbacks.
+        self._noticed: set[str] = set()
 
     @property
     def schedule(self) -> Schedule | None:
@@ -238,6 +239,7 @@ class SWA(keras.callbacks.Callback):
         self._refuse_other(model, "cannot train")
         self._check(model)
         self._settle(model)
+        checking.watch(self, SWA)
         self._progress.begin_fit(model, self.params or {})
         self._caveats.say(model)
         if model.built:
@@ -340,6 +342,35 @@ class SWA(keras.callbacks.Callback):
         )
 
     # In the list of callbacks
+
+    @staticmethod
+    def check(callbacks: Any) -> Any:
+        """Warns where other callbacks, or their order, would undo the average.
+
+        ``fit`` makes the same checks when it begins; this one is made before anything is loaded,
+        and of any list. It tells of callbacks that restore other weights at the end
+        (``EarlyStopping(restore_best_weights=True)`` listed after this one), save the training
+        weights by a metric of the average, wait for a metric that is not logged or that Keras
+        cannot judge, back up without the average, and of two averages in each other's way.
+
+        Args:
+          callbacks: as for ``fit``.
+
+        Returns:
+          The same, so that it can be written in place.
+
+        Raises:
+          SWAError: ``SwapEMAWeights`` is among them.
+
+        >>> import warnings
+        >>> best = keras.callbacks.EarlyStopping(restore_best_weights=True)
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
+        ...     callbacks = SWA.check([SWA({}), best])
+        >>> print(str(caught[0].message)[:65])
+        SWA: EarlyStopping(restore_best_weights=True) is listed after SWA
+        """
+        checking.check(callbacks, SWA)
+        return callbacks
 
     def checkpoint(
         self,
@@ -541,13 +572,7 @@ class SWA(keras.callbacks.Callback):
 
     def _check(self, model: Any) -> None:
         """Refuses optimizers that this callback cannot work with."""
-        if getattr(inner_optimizer(model), "use_ema", False):
-            raise SWAError(
-                "the optimizer has use_ema=True: Keras then overwrites the weights with an average "
-                "of its own at the end of training, before this callback averages or finalizes.",
-                hint='use use_ema=False and, for an EMA, rule = { name = "ema", decay = 0.999 }; '
-                "SwapEMAWeights is not needed then.",
-            )
+        checking.refuse_use_ema(model)
         if self.config.lr is not None:
             check_settable(model)
 
@@ -625,6 +650,10 @@ class SWA(keras.callbacks.Callback):
         elif self._progress.in_fit:
             synced(self._model)
             self._look()
+
+    def _is_in(self, model: Any) -> bool:
+        """Whether a model's weights are the average."""
+        return self._average.is_in(averaged_variables(synced(model)))
 
     def _remove_validation(self) -> None:
         if self._validation is not None:
