@@ -56,8 +56,9 @@ class SWA(keras.callbacks.Callback):
 
     Batch norm: the running statistics belong to the training weights. With ``bn_data`` they are
     recomputed for the average, which costs one forward pass over ``bn_data`` for every validation
-    on a changed average and for the final weights. Without it the average is used with the
-    statistics of the training weights, which is often much worse; a warning says so.
+    on a changed average and for the final weights. ``bn_validate=False`` saves those for
+    validation, which then sees the average with the statistics of the training weights, as it is
+    without ``bn_data``: often much worse, so a warning tells of missing data.
 
     Args:
       config: a ``SWAConfig``, a mapping of its fields, or the path of a file with ``[swa]``.
@@ -69,6 +70,8 @@ class SWA(keras.callbacks.Callback):
         validation data twice (to monitor them, tell the callback which way is better:
         ``EarlyStopping("val_swa_loss", mode="min")``); "average" logs the average as ``val_*``;
         "raw" leaves validation alone.
+      bn_validate: whether validation on the average recomputes batch norm with ``bn_data``. What
+        ``fit`` ends with, ``averaged``, ``finalize`` and ``checkpoint`` do so in any case.
       finalize: whether ``fit`` ends with the average in the model. If False, use ``averaged`` and
         ``finalize``.
       name: what the average is called in the logs: with "ema" they are ``val_ema_*``. Several
@@ -100,6 +103,7 @@ class SWA(keras.callbacks.Callback):
         *,
         bn_data: Any = None,
         validate: Validate = "both",
+        bn_validate: bool = True,
         finalize: bool = True,
         name: str = "swa",
     ) -> None:
@@ -109,6 +113,7 @@ class SWA(keras.callbacks.Callback):
             raise ConfigError(faults, source="SWA(...)")
         self._validate = validate
         self._name = name
+        self._bn_validate = bn_validate
         self._finalize_at_end = finalize
         self._progress = Progress(self.config)
         self._lender = Lender(RunningAverage(self.config.rule, self.config.nonfinite), bn_data)
@@ -632,7 +637,7 @@ class SWA(keras.callbacks.Callback):
     def _context_for_validation(self) -> AbstractContextManager[Any] | None:
         # Validation comes before on_epoch_end, and must see the snapshot of this epoch.
         self._end_epoch()
-        return self.averaged() if self.n_averaged else None
+        return self._lent(self.model, update_bn=self._bn_validate) if self.n_averaged else None
 
     def _lent(self, model: Any, *, update_bn: bool) -> AbstractContextManager[Any]:
         """``averaged``, with the choice of leaving the batch-norm statistics alone."""

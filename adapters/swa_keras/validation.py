@@ -47,7 +47,7 @@ class Validation:
         self._prefix = f"{name}_"
         self._averaged = averaged
         self._active = True
-        self._warned = False
+        self._warned: set[str] = set()
         # Before the first validation, so that it is not compiled twice.
         current().keep_in_evaluation(model)
         self._previous = vars(model).get("evaluate")
@@ -73,22 +73,43 @@ class Validation:
                 return self._evaluate(*args, **kwargs)
             with context:
                 return self._evaluate(*args, **kwargs)
-        logs = self._evaluate(*args, **kwargs)
-        if not self._warned and any(name.startswith(self._prefix) for name in logs):
-            self._warned = True
-            warnings.warn(
-                "SWA: two callbacks validate their averages in one fit, and both log "
-                f"val_{self._prefix}*; the later one is logged. Give one of them another name, "
-                'SWA(..., name="ema"), or validate="raw".',
-                SWAWarning,
-                stacklevel=2,
+        if hasattr(kwargs.get("x"), "__next__"):
+            # What can be read only once is the training weights' first, as without us.
+            self._warn(
+                "the validation data is a generator, which cannot be read twice, so the average is "
+                "validated on the batches after those of the training weights. Give fit a dataset "
+                'or arrays, or SWA(..., validate="average").'
             )
-        averaged = logs
-        if context is not None:
-            # The user's callbacks have seen this validation already.
-            with current().forked_random(), context:
-                averaged = self._evaluate(*args, **{**kwargs, "callbacks": None, "verbose": 0})
+            logs = self._evaluate(*args, **kwargs)
+            averaged = self._evaluate_averaged(context, *args, **kwargs)
+        else:
+            # Otherwise they come last, so that what a validation leaves behind (the metrics of
+            # the model, say) is what it would be without us.
+            averaged = self._evaluate_averaged(context, *args, **kwargs)
+            logs = self._evaluate(*args, **kwargs)
+        averaged = logs if averaged is None else averaged
+        if any(name.startswith(self._prefix) for name in logs):
+            self._warn(
+                "two callbacks validate their averages in one fit, and both log "
+                f"val_{self._prefix}*; the later one is logged. Give one of them another name, "
+                'SWA(..., name="ema"), or validate="raw".'
+            )
         return {**logs, **{f"{self._prefix}{name}": value for name, value in averaged.items()}}
+
+    def _evaluate_averaged(
+        self, context: AbstractContextManager[Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if context is None:
+            return None
+        # The user's callbacks see one validation, which is the other.
+        nobody = keras.callbacks.CallbackList([], model=self._model)
+        with current().forked_random(), context:
+            return self._evaluate(*args, **{**kwargs, "callbacks": nobody})
+
+    def _warn(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"SWA: {what}", SWAWarning, stacklevel=4)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self._previous is not None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
+
 import keras
 import numpy as np
 import pytest
 from adapter_keras.small_models import (
+    STEPS,
     X,
     Y,
+    array,
     dense,
     everything,
     fit,
@@ -103,7 +108,7 @@ def test_the_training_weights_are_back_after_a_raise_in_validation(validate):
     plain, model = explosive(), explosive()
     fit(plain, epochs=2, validation_data=(X, Y))
     swa = SWA({"start": "1ep", "every": "1ep"}, validate=validate, bn_data=X)
-    # Armed once the average is in the model: the second pass, or the only one.
+    # Armed once there is an average: it is in the model when the bomb goes off.
     arm = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: setattr(Bomb, "armed", epoch == 1)
     )
@@ -210,8 +215,8 @@ def test_without_bn_data_one_warning_at_the_start_tells_the_remedy():
 
 def test_two_callbacks_that_log_the_same_names_warn_once():
     model = dense()
-    one, two = SWA({"start": "1ep", "every": "1ep"}), SWA(HALF)
-    with pytest.warns(SWAWarning, match="both log val_swa"):
+    one, two = SWA({"start": "1ep", "every": "1ep"}, finalize=False), SWA(HALF)
+    with pytest.warns(SWAWarning, match=r"all log val_swa_\*"):
         history = fit(model, one, two, validation_data=(X, Y))
     assert history.history["val_swa_loss"][0] == history.history["val_loss"][0]  # those of two
     assert "evaluate" not in vars(model)
@@ -228,3 +233,145 @@ def test_two_callbacks_on_one_model_are_independent():
     three = SWA({"start": "1ep", "every": "1ep"}, validate="average", finalize=False)
     fit(model, three, two, validation_data=(X, Y))
     assert "evaluate" not in vars(model)
+
+
+@pytest.mark.parametrize("validate", ["both", "average"])
+@pytest.mark.parametrize("how", ["split", "freq", "generator"])
+def test_whatever_data_is_validated_and_how_often(how, validate):
+    def arguments():
+        def batches():
+            while True:
+                yield X[:6], Y[:6]
+
+        return {
+            "split": {"validation_split": 0.25},
+            "freq": {"validation_data": (X, Y), "validation_freq": [2, 3]},
+            "generator": {"validation_data": batches(), "validation_steps": 2},
+        }[how]
+
+    plain, model, swa = dense(), dense(), SWA({"start": "1ep"}, validate=validate)
+    expected = fit(plain, **arguments()).history
+    one_shot = how == "generator" and validate == "both"
+    with pytest.warns(SWAWarning, match="is a generator") if one_shot else nullcontext():
+        history = fit(model, swa, **arguments()).history
+    if validate == "both":
+        assert history["val_loss"] == expected["val_loss"]
+        assert len(history["val_swa_loss"]) == len(history["val_loss"])
+        assert history["val_swa_mae"][-1] != history["val_mae"][-1]
+    else:
+        assert history.keys() == expected.keys()
+        assert history["val_loss"][-1] != expected["val_loss"][-1]
+
+
+def test_one_warning_for_a_generator():
+    def batches():
+        while True:
+            yield X[:6], Y[:6]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(dense(), SWA(HALF), validation_data=batches(), validation_steps=2)
+    assert sum(issubclass(w.category, SWAWarning) for w in caught) == 1
+
+
+class OwnEvaluation(keras.Model):
+    """A subclassed model with an evaluate and a test_step of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = keras.Sequential([keras.layers.Dense(5, "tanh"), keras.layers.Dense(1)])
+        self.asked = []
+
+    def call(self, x, training=None):
+        return self.inside(x)
+
+    def evaluate(self, x=None, y=None, return_dict=False, callbacks=None, **kwargs):
+        self.asked.append(sorted(kwargs))
+        found = super().evaluate(x, y, return_dict=True, callbacks=callbacks, **kwargs)
+        found = {"doubled": 2 * found["loss"]}
+        return found if return_dict else list(found.values())
+
+    def test_step(self, *arguments):
+        return super().test_step(*arguments)
+
+
+def test_a_model_with_an_evaluate_of_its_own():
+    keras.utils.set_random_seed(7)
+    model = OwnEvaluation()
+    model(X)
+    model.compile(keras.optimizers.SGD(0.05), "mse")
+    swa = SWA({"start": "1ep"})
+    history = fit(model, swa, validation_data=(X, Y)).history
+    assert set(history) == {"loss", "val_doubled", "val_swa_doubled"}
+    # The second time it is asked as the first time, which is as Keras asks.
+    assert model.asked[0] == model.asked[1]
+    assert "verbose" not in model.asked[0]
+    last = model.evaluate(X, Y, verbose=0)
+    assert last == [pytest.approx(history["val_swa_doubled"][-1], rel=1e-5)]
+    assert model.evaluate(X, Y, verbose=0, return_dict=True) == {"doubled": last[0]}
+
+
+def test_an_evaluate_that_somebody_else_has_wrapped_is_called_and_given_back():
+    model, calls = dense(), []
+    own = model.evaluate
+
+    def wrapped(*args, **kwargs):
+        calls.append(kwargs)
+        return own(*args, **kwargs)
+
+    vars(model)["evaluate"] = wrapped
+    fit(model, SWA({"start": "1ep"}), validation_data=(X, Y), epochs=2)
+    assert len(calls) == 4
+    assert model.evaluate is wrapped
+
+
+def test_after_a_validation_the_metrics_are_those_of_the_training_weights():
+    def metrics(*callbacks):
+        model, seen = dense(), []
+        look = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: seen.append(
+                {name: float(array(v)) for name, v in model.get_metrics_result().items()}
+            )
+        )
+        fit(model, look, *callbacks, validation_data=(X, Y), epochs=2)
+        return seen
+
+    assert metrics(SWA({"start": "1ep"})) == metrics()
+
+
+class Counted(keras.utils.PyDataset):
+    """Training data that counts how often it is read."""
+
+    reads = 0
+
+    def __len__(self):
+        return STEPS
+
+    def __getitem__(self, index):
+        Counted.reads += index == 0
+        return X[6 * index : 6 * index + 6], Y[6 * index : 6 * index + 6]
+
+
+@pytest.mark.parametrize("bn_validate", [True, False])
+def test_what_recomputing_batch_norm_for_validation_costs(bn_validate):
+    Counted.reads = 0
+    swa = SWA({"start": "1ep", "every": "2ep"}, bn_data=Counted(), bn_validate=bn_validate)
+    model = with_batch_norm()
+    history = fit(model, swa, validation_data=(X, Y)).history
+    assert swa.n_averaged == 2
+    # Once for each average that was validated, four times in all: the second serves the end too.
+    assert Counted.reads == (2 if bn_validate else 1)
+    final = model.evaluate(X, Y, verbose=0)[0]
+    assert (history["val_swa_loss"][-1] == pytest.approx(final, rel=1e-5)) == bn_validate
+
+
+def test_validation_without_recomputing_uses_the_statistics_of_the_training():
+    plain, model = with_batch_norm(), with_batch_norm()
+    fit(plain, validation_data=(X, Y))
+    swa = SWA({"start": "1ep"}, bn_data=(X, Y), bn_validate=False, finalize=False)
+    history = fit(model, swa, validation_data=(X, Y)).history
+    for variable, value in zip(plain.trainable_variables, swa.averaged_weights, strict=True):
+        variable.assign(value)
+    assert history["val_swa_loss"][-1] == pytest.approx(
+        plain.evaluate(X, Y, verbose=0)[0], rel=1e-5
+    )
