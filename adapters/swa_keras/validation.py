@@ -47,7 +47,7 @@ class Validation:
         self._prefix = f"{name}_"
         self._averaged = averaged
         self._active = True
-        self._warned: set[str] = set()
+        self._warned = False
         # Before the first validation, so that it is not compiled twice.
         current().keep_in_evaluation(model)
         self._previous = vars(model).get("evaluate")
@@ -75,11 +75,7 @@ class Validation:
                 return self._evaluate(*args, **kwargs)
         if hasattr(kwargs.get("x"), "__next__"):
             # What can be read only once is the training weights' first, as without us.
-            self._warn(
-                "the validation data is a generator, which cannot be read twice, so the average is "
-                "validated on the batches after those of the training weights. Give fit a dataset "
-                'or arrays, or SWA(..., validate="average").'
-            )
+            self._warn_of_generator()
             logs = self._evaluate(*args, **kwargs)
             averaged = self._evaluate_averaged(context, *args, **kwargs)
         else:
@@ -88,12 +84,6 @@ class Validation:
             averaged = self._evaluate_averaged(context, *args, **kwargs)
             logs = self._evaluate(*args, **kwargs)
         averaged = logs if averaged is None else averaged
-        if any(name.startswith(self._prefix) for name in logs):
-            self._warn(
-                "two callbacks validate their averages in one fit, and both log "
-                f"val_{self._prefix}*; the later one is logged. Give one of them another name, "
-                'SWA(..., name="ema"), or validate="raw".'
-            )
         return {**logs, **{f"{self._prefix}{name}": value for name, value in averaged.items()}}
 
     def _evaluate_averaged(
@@ -106,10 +96,16 @@ class Validation:
         with current().forked_random(), context:
             return self._evaluate(*args, **{**kwargs, "callbacks": nobody})
 
-    def _warn(self, what: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(f"SWA: {what}", SWAWarning, stacklevel=4)
+    def _warn_of_generator(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "SWA: the validation data is a generator, which cannot be read twice, so the "
+                "average is validated on the batches after those of the training weights. Give "
+                'fit a dataset or arrays, or SWA(..., validate="average").',
+                SWAWarning,
+                stacklevel=4,
+            )
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self._previous is not None:
