@@ -73,7 +73,10 @@ def docs(session: nox.Session) -> None:
     install(session, "--editable", ".[all]", *GROUPS["test"])
     env = {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": "examples"}
     files = ["examples/record.py", "examples/report.py"]
-    files += [f"benchmarks/{name}.py" for name in ("timing", "torch_reference", "torch_sets")]
+    files += [
+        f"benchmarks/{name}.py"
+        for name in ("timing", "reference", "torch_reference", "torch_sets", "keras_sets")
+    ]
     session.run("pytest", "--doctest-modules", "swa_core", "adapters", *files, env=env)
     # Without the ecosystem, which this session does not install.
     chosen = "--adapters=torch,keras,optax"
@@ -102,10 +105,12 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks, beside whoever else averages; one of them: ``-- torch_overhead --help``."""
-    install(session, "--editable", ".[torch,optax]", *GROUPS["bench"])
+    # Keras is measured on every backend.
+    backends = ("tensorflow>=2.21",)
+    install(session, "--editable", ".[torch,keras,optax]", *backends, *GROUPS["bench"])
     # What they say they need fits no CPU build of torch, and what is benchmarked does not need it.
     install(session, "--no-deps", *GROUPS["bench-alone"])
-    benchmarks = ["torch_overhead", "optax_overhead"]
+    benchmarks = ["torch_overhead", "keras_overhead", "optax_overhead"]
     arguments = list(session.posargs)
     if arguments and arguments[0] in benchmarks:
         benchmarks = [arguments.pop(0)]

@@ -14,7 +14,7 @@ from timing import Table
 
 from swa_keras import SWA
 
-STEPS, BATCH = 20, 32
+STEPS, BATCH = 10, 32
 PLAIN = "plain training"
 ONCE = "swa_keras, not due any more"
 EVERY_EPOCH = "swa_keras, every epoch"

@@ -1,6 +1,6 @@
 """Memory and page faults of averaging in Keras, each contender in a process of its own.
 
-    KERAS_BACKEND=jax python benchmarks/keras_memory.py 'C loop' float32|bfloat16|fit [--tiny]
+    KERAS_BACKEND=jax python benchmarks/keras_memory.py 'C loop' float32|bfloat16|swap|fit [--tiny]
 
 What the kernel says of the process's resident memory is what counts, not what anybody's allocator
 reports. With "fit", a contender of ``keras_fit`` is measured while it runs. Prints a line of JSON.
@@ -44,15 +44,28 @@ class Figures(TypedDict, total=False):
     failed: str
 
 
-def measure_all(requests: Sequence[tuple[str, str]], *, tiny: bool = False) -> list[Figures]:
-    """The figures of each request (contender, dtype), from processes of their own."""
+def measure_all(
+    requests: Sequence[tuple[str, str]], *, tiny: bool = False, apart: bool = True
+) -> list[Figures]:
+    """The figures of each request: a contender, and a dtype, "swap" or "fit".
+
+    From processes of their own, or from this one, where they mean nothing.
+    """
     if not CLEAR_REFS.exists():
         return [Figures(failed="needs Linux") for _ in requests]
-    return [_measured(who, dtype, tiny=tiny) for who, dtype in requests]
+    take = _measured if apart else measure
+    return [take(who, what, tiny=tiny) for who, what in requests]
 
 
-def _measured(who: str, dtype: str, *, tiny: bool) -> Figures:
-    command = [sys.executable, __file__, who, dtype, *(["--tiny"] if tiny else [])]
+def measure(who: str, what: str, *, tiny: bool) -> Figures:
+    """The figures of one contender, in this process."""
+    if what == "fit":
+        return while_fitting(who, tiny=tiny)
+    return standing_alone(who, "float32" if what == "swap" else what, tiny=tiny)
+
+
+def _measured(who: str, what: str, *, tiny: bool) -> Figures:
+    command = [sys.executable, __file__, who, what, *(["--tiny"] if tiny else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
@@ -117,24 +130,29 @@ def _use_once(running: object) -> None:
 
 
 def while_fitting(who: str, *, tiny: bool) -> Figures:
-    """Of a callback while ``fit`` runs, and validates on the average if it is ours."""
-    from keras_fit import PLAIN, SCHEDULES, NumpyMean, Training
+    """Of a callback while ``fit`` runs, and validates on the average if it is ours.
+
+    Keras' own average belongs to the optimizer, and cannot be added to a training that runs.
+    """
+    from keras_fit import SCHEDULES, NumpyMean, Training
     from keras_sets import elements
 
     from swa_keras import SWA
 
+    def callback() -> object:
+        return SWA(SCHEDULES[who], finalize=False) if who in SCHEDULES else NumpyMean()
+
+    # What the first use of anything loads is no average.
+    small = Training(tiny=True, callback=callback())
+    for _ in range(2):
+        small.epoch(validation_data=small.validation_data)
     plain = Training(tiny=tiny)
     data = plain.validation_data
     for _ in range(2):
         plain.epoch(validation_data=data)
     of_plain = peak_of(lambda: plain.epoch(validation_data=data))
     copy = 4 * elements([tuple(v.shape) for v in plain.model.trainable_variables])
-    if who == PLAIN:
-        return Figures(fit=0.0)
-    if who in SCHEDULES:
-        plain.callbacks = [SWA(SCHEDULES[who], finalize=False)]
-    else:
-        plain.callbacks = [NumpyMean()]
+    plain.callbacks = [callback()]
     give_back()
     before = kilobytes("VmRSS")
     for _ in range(2):
@@ -148,13 +166,10 @@ def while_fitting(who: str, *, tiny: bool) -> Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("contender")
-    parser.add_argument("dtype")
+    parser.add_argument("what")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    if options.dtype == "fit":
-        figures = while_fitting(options.contender, tiny=options.tiny)
-    else:
-        figures = standing_alone(options.contender, options.dtype, tiny=options.tiny)
+    figures = measure(options.contender, options.what, tiny=options.tiny)
     print(json.dumps(figures))
 
 

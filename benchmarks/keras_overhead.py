@@ -40,7 +40,7 @@ def measure(rounds: int, *, tiny: bool) -> list[dict[str, Any]]:
     import keras_fit
     import keras_memory
     import machine
-    from keras_contenders import CEILING
+    from keras_contenders import CEILING, EMA
     from keras_sets import SETS
     from keras_tables import Bench, skipped_updates, snapshots, swapping
     from timing import Table
@@ -63,10 +63,13 @@ def measure(rounds: int, *, tiny: bool) -> list[dict[str, Any]]:
 
     def add(out: Table, of: str, headings: dict[str, str]) -> None:
         """What the contenders' own processes say, as columns."""
-        names = [name for name in out.times if name != CEILING]
+        left_out = {CEILING, *((keras_fit.PLAIN, EMA) if of == "fit" else ())}
+        names = [name for name in out.times if name not in left_out]
         if tiny:
-            names = names[-1:]
-        figures = keras_memory.measure_all([(name, of) for name in names], tiny=tiny)
+            names = [name for name in names if name.startswith("swa_keras")][-1:]
+        # Where there are no figures to be had, one process shows that it works.
+        apart = not tiny or of == "float32"
+        figures = keras_memory.measure_all([(name, of) for name in names], tiny=tiny, apart=apart)
         by_name = dict(zip(names, figures, strict=True))
         for key, heading in headings.items():
             values = {name: figure[key] for name, figure in by_name.items() if key in figure}
@@ -86,7 +89,7 @@ def measure(rounds: int, *, tiny: bool) -> list[dict[str, Any]]:
             show(out)
         out = swapping(bench, name)
         if name == keras_memory.SET:
-            add(out, "float32", {"swapped": "swapped", "swap_peak": "+ peak"})
+            add(out, "swap", {"swapped": "swapped", "swap_peak": "+ peak"})
         show(out)
     show(skipped_updates(bench))
     return found
