@@ -67,8 +67,8 @@ def threads() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def wait_for(model: keras.Model) -> None:
-    """Waits until the model's variables are computed, where calls return before that."""
+def wait_for(model: keras.Model | keras.Optimizer) -> None:
+    """Waits until its variables are computed, where calls return before that."""
     if keras.backend.backend() == "jax":
         for variable in model.variables:
             variable.value.block_until_ready()

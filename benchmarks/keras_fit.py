@@ -12,6 +12,7 @@ from keras_contenders import EMA, NAIVE, settle, wait_for
 from keras_sets import host, network
 from timing import Table
 
+import swa_keras
 from swa_keras import SWA
 
 STEPS, BATCH = 10, 32
@@ -20,6 +21,7 @@ ONCE = "swa_keras, not due any more"
 EVERY_EPOCH = "swa_keras, every epoch"
 EVERY_TENTH = "swa_keras, every 10th update"
 EVERY_UPDATE = "swa_keras, every update"
+IN_GRAPH = "swa_keras.SWAOptimizer, every update"
 KEEP = f'{EVERY_UPDATE}, nonfinite="keep"'
 SCHEDULES = {
     ONCE: {"start": "1step", "every": "1000000000step"},
@@ -43,6 +45,7 @@ class Stopwatch(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         wait_for(self.model)
+        wait_for(self.model.optimizer)
         self._wait()
         self.seconds = time.perf_counter() - self._begin
 
@@ -76,9 +79,16 @@ class Float64Mean(NumpyMean):
 class Training:
     """One contender's model, which goes on being trained."""
 
-    def __init__(self, *, tiny: bool, use_ema: bool = False, callback: Any = None) -> None:
+    def __init__(
+        self,
+        *,
+        tiny: bool,
+        use_ema: bool = False,
+        callback: Any = None,
+        wrapped: Callable[[keras.Optimizer], keras.Optimizer] = lambda optimizer: optimizer,
+    ) -> None:
         optimizer = keras.optimizers.Adam(1e-4, use_ema=use_ema, ema_momentum=0.9)
-        self.model = network(tiny=tiny, optimizer=optimizer)
+        self.model = network(tiny=tiny, optimizer=wrapped(optimizer))
         self.use_ema = use_ema
         self.callbacks = [] if callback is None else [callback]
         self.seconds = 0.0
@@ -112,6 +122,10 @@ class Training:
                 variable.assign(np.array(variable.value))
 
 
+# The optimizer that averages within the compiled step.
+in_graph: Any = getattr(swa_keras, "SWAOptimizer", None)
+
+
 def swa(name: str) -> SWA:
     """Our callback by its row, with nothing but the averaging."""
     return SWA(SCHEDULES[name], validate="raw", finalize=False)
@@ -121,6 +135,8 @@ def trainings(*, tiny: bool) -> dict[str, Training]:
     """Everybody, by their rows."""
     out = {PLAIN: Training(tiny=tiny)}
     out |= {name: Training(tiny=tiny, callback=swa(name)) for name in SCHEDULES}
+    if in_graph is not None:
+        out[IN_GRAPH] = Training(tiny=tiny, wrapped=lambda o: in_graph(o, SCHEDULES[EVERY_UPDATE]))
     out[NAIVE] = Training(tiny=tiny, callback=NumpyMean())
     out[EMA] = Training(tiny=tiny, use_ema=True, callback=keras.callbacks.SwapEMAWeights())
     return out
@@ -161,9 +177,19 @@ def _errors(running: dict[str, Training], *, tiny: bool) -> dict[str, float]:
         training.callbacks = [average, right]
         training.epoch()
         found = average.averages if name == NAIVE else average.averaged_weights
-        errors[name] = max(
-            float(np.linalg.norm(a - b) / np.linalg.norm(b))
-            for a, b in zip(found, right.averages, strict=True)
-        )
-        assert errors[name] < 1e-6, f"{name}: the average is off by {errors[name]:.1e}"
+        errors[name] = _error(found, right.averages)
+    if IN_GRAPH in running:
+        right = Float64Mean()
+        training = Training(tiny=tiny, wrapped=lambda o: in_graph(o, SCHEDULES[EVERY_UPDATE]))
+        training.callbacks = [right]
+        training.epoch()
+        errors[IN_GRAPH] = _error(training.model.optimizer.averaged_weights, right.averages)
+    for name, error in errors.items():
+        assert error < 1e-6, f"{name}: the average is off by {error:.1e}"
     return errors
+
+
+def _error(found: list[Any], right: list[Any]) -> float:
+    return max(
+        float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, right, strict=True)
+    )
