@@ -646,7 +646,7 @@ class SWA(keras.callbacks.Callback):
     @property
     def _metrics_prefix(self) -> str | None:
         """What the names of the average's metrics in the logs begin with; None without them."""
-        return {"both": "val_swa_", "average": "val_", "raw": None}[self._validate]
+        return {"both": f"val_{self._name}_", "average": "val_", "raw": None}[self._validate]
 
     def _catch_up(self, *, epoch_ended: bool) -> None:
         """Takes a snapshot that is due, for callbacks that are listed before this one."""

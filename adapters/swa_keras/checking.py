@@ -148,7 +148,7 @@ def _about_several(ours: list[Any]) -> Iterator[Finding]:
             yield Finding(
                 same[0],
                 f"{len(same)} callbacks validate their averages in one fit, and all log {prefix}*; "
-                'only one of them is seen. Give the others validate="raw".',
+                'only one of them is seen. Give the others a name of their own, or validate="raw".',
             )
     if len(same := [swa for swa in ours if swa._finalize_at_end]) > 1:
         yield Finding(
