@@ -15,7 +15,7 @@ from swa_core.rules import Rule
 from swa_keras.backend import Loan, Tensor, Variable, current, wide_dtype
 
 
-class _Leaf(NamedTuple):
+class Leaf(NamedTuple):
     """What an average knows of a variable beside its values."""
 
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class RunningAverage:
         self.n_averaged = 0
         self.n_skipped = 0
         self.total = 0.0
-        self._leaves: dict[str, _Leaf] = {}
+        self._leaves: dict[str, Leaf] = {}
         self._known: list[Variable] = []
         # Arrays of a saved state wait here until there is a model to place them beside.
         self._waiting: list[npt.NDArray[Any]] | None = None
@@ -89,21 +89,8 @@ class RunningAverage:
         """
         if not self.n_averaged:
             return
-        if not _same_objects(self._known, variables):
-            new = leaves_of(variables)
-            held = self._leaves
-            if len(new) == len(held):
-                # Keras numbers layer names through a process (dense, dense_1), so a rebuilt model
-                # has other paths: variables are matched by their place, as in set_weights.
-                held = dict(zip(new, held.values(), strict=True))
-            check_leaves(
-                held,
-                new,
-                what,
-                "every snapshot needs the same weights. If the model changed on purpose (layers "
-                "frozen or unfrozen too), start a new average.",
-            )
-            self._leaves = new
+        if not same_objects(self._known, variables):
+            self._leaves = match(self._leaves, variables, what)
             self._known = list(variables)
         if self._waiting is not None:
             self._tensors = self.backend.from_numpy(self._waiting, variables)
@@ -176,8 +163,7 @@ class RunningAverage:
         self._tensors = []
         self._known = []
         self._leaves = {
-            path: _Leaf(array.shape, array.dtype)
-            for path, array in zip(paths, waiting, strict=True)
+            path: Leaf(array.shape, array.dtype) for path, array in zip(paths, waiting, strict=True)
         }
 
 
@@ -196,16 +182,38 @@ def _truncated(what: str) -> StateError:
     )
 
 
-def _same_objects(known: Sequence[Any], now: Sequence[Any]) -> bool:
+def same_objects(known: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Whether two lists hold the very same variables."""
     return len(known) == len(now) and all(a is b for a, b in zip(known, now, strict=True))
 
 
-def leaves_of(variables: Sequence[Variable]) -> dict[str, _Leaf]:
+def match(held: dict[str, Leaf], variables: Sequence[Variable], what: str) -> dict[str, Leaf]:
+    """The leaves of variables, if they are what an average of ``held`` can be used with.
+
+    Raises:
+      StructureError: naming the first variable that differs.
+    """
+    new = leaves_of(variables)
+    if len(new) == len(held):
+        # Keras numbers layer names through a process (dense, dense_1), so a rebuilt model
+        # has other paths: variables are matched by their place, as in set_weights.
+        held = dict(zip(new, held.values(), strict=True))
+    check_leaves(
+        held,
+        new,
+        what,
+        "every snapshot needs the same weights. If the model changed on purpose (layers "
+        "frozen or unfrozen too), start a new average.",
+    )
+    return new
+
+
+def leaves_of(variables: Sequence[Variable]) -> dict[str, Leaf]:
     """What an average knows of variables, by path; a path that stands there twice is numbered."""
-    leaves: dict[str, _Leaf] = {}
+    leaves: dict[str, Leaf] = {}
     for variable in variables:
         path, number = variable.path, 2
         while path in leaves:  # two layers may have the same name
             path, number = f"{variable.path}#{number}", number + 1
-        leaves[path] = _Leaf(tuple(variable.shape), wide_dtype(variable))
+        leaves[path] = Leaf(tuple(variable.shape), wide_dtype(variable))
     return leaves

@@ -13,6 +13,7 @@ from swa_core.errors import Fault
 from swa_core.units import Time
 from swa_keras.backend import current
 from swa_keras.model_state import inner_optimizer, is_loss_scaled
+from swa_keras.wrapped_optimizers import accumulation
 
 Unit = Literal["update", "epoch"]
 
@@ -339,4 +340,4 @@ def _inside(what: str) -> ConfigError:
 
 def accumulation_of(model: Any) -> int:
     """Batches per update."""
-    return getattr(inner_optimizer(model), "gradient_accumulation_steps", None) or 1
+    return accumulation(getattr(model, "optimizer", None))

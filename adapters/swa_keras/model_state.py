@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from swa_keras.backend import Variable, is_floating
+from swa_keras.wrapped_optimizers import innermost, may_leave_out
 
 _QUANTISED = ("int8", "uint8")  # int4 comes packed into these; seeds and counters are wider
 
@@ -74,14 +75,13 @@ def lora_layers(model: Any) -> list[Any]:
 
 
 def inner_optimizer(model: Any) -> Any:
-    """The optimizer that makes the updates; a loss-scaling one only wraps it. None without one."""
-    optimizer = getattr(model, "optimizer", None)
-    return getattr(optimizer, "inner_optimizer", optimizer)
+    """The optimizer that makes the updates; others may wrap it. None without one."""
+    return innermost(getattr(model, "optimizer", None))
 
 
 def is_loss_scaled(model: Any) -> bool:
     """Whether the optimizer may leave out updates because gradients overflowed."""
-    return hasattr(getattr(model, "optimizer", None), "inner_optimizer")
+    return may_leave_out(getattr(model, "optimizer", None))
 
 
 def _once(things: Iterable[Any]) -> list[Any]:
