@@ -11,7 +11,7 @@ from swa_core import ConfigError, Schedule, StateError, SWAConfig, SWAError, SWA
 from swa_core.errors import Fault
 from swa_core.saving import read_header
 from swa_keras.clock import Timetable, UpdateCounter, accumulation_of, inside_execution, timetable
-from swa_keras.learning_rate import Rate
+from swa_keras.learning_rate import Rate, check_same, schedule_of
 from swa_keras.model_state import synced
 from swa_keras.saving import Saved
 
@@ -159,19 +159,22 @@ class Progress:
             if self.timetable is None:
                 raise
             resolved = self.timetable  # which a later fit need not be able to resolve
+        scheduled = schedule_of(model.optimizer) is not None
         varies = resolved.lr is not None and bool(resolved.lr.anneal or resolved.lr.cycle)
-        if varies and model.steps_per_execution > 1:
+        if varies and not scheduled and model.steps_per_execution > 1:
             raise ConfigError(
                 [
                     Fault(
                         "swa.lr",
                         "anneal and cycle set a rate for every update, which steps_per_execution="
-                        f"{model.steps_per_execution} does not allow. Compile with 1.",
+                        f"{model.steps_per_execution} does not allow. Compile with 1, or give the "
+                        "optimizer learning_rate=swa_keras.SWASchedule(...).",
                     )
                 ],
                 source="the schedule",
             )
         self._adopt(resolved)
+        self.take_rate(model.optimizer)
 
     def settle(self, model: Any) -> bool:
         """Ends the count of a ``fit`` that an exception ended; whether a snapshot is still due."""
@@ -243,8 +246,26 @@ class Progress:
         if self._counter is not None:
             self._updates = self._counter.read(strict=False)
             self._counter = None
+        if self._rate is not None:
+            self._rate.release()
 
     # The learning rate
+
+    def take_rate(self, optimizer: Any) -> None:
+        """Leaves the rate to an optimizer that has it as a ``SWASchedule``.
+
+        Raises:
+          SWAError: that is not of the same ``[swa.lr]``.
+        """
+        if self.timetable is None or self.timetable.lr is None:
+            return
+        if self._rate is not None:
+            self._rate.release()
+        check_same(optimizer, self.timetable.lr, self.counts_epochs)
+        if schedule_of(optimizer) is not None:
+            self._rate = None
+        elif self._rate is None:
+            self._set_up_rate(self.timetable)
 
     def prepare_batch(self, model: Callable[[], Any]) -> None:
         """Sets the rate of ``[swa.lr]`` for the update of the next batch of ``fit``."""
@@ -260,7 +281,7 @@ class Progress:
         else:
             model()
             update = self._counter.read() + 1
-        self._rate.prepare(update, model)
+        self._rate.prepare(update, model, guarded=True)
 
     def prepare_next(self, model: Callable[[], Any]) -> None:
         """Sets the rate of the next update of a loop without ``fit``."""
