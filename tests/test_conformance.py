@@ -6,15 +6,19 @@ import importlib
 
 from swa_core.testing import CoreDriver, parametrize_with_checks
 
+# Beside the one that is named after its adapter.
+MORE = {"keras": ["keras_optimizer"]}
 
-def driver_of(adapter):
-    return getattr(
-        importlib.import_module(f"drivers.{adapter}_driver"), f"{adapter.capitalize()}Driver"
-    )
+
+def drivers_of(adapter):
+    for name in (adapter, *MORE.get(adapter, ())):
+        module = importlib.import_module(f"drivers.{name}_driver")
+        yield getattr(module, f"{name.title().replace('_', '')}Driver")
 
 
 def pytest_generate_tests(metafunc):
-    drivers = [CoreDriver, *map(driver_of, metafunc.config.adapters)]
+    ours = [driver for adapter in metafunc.config.adapters for driver in drivers_of(adapter)]
+    drivers = [CoreDriver, *ours]
     mark = parametrize_with_checks(drivers)
     metafunc.parametrize(*mark.args, **mark.kwargs)
 

@@ -1,6 +1,8 @@
-"""Weight averaging for Keras 3: one callback on the tensorflow, jax and torch backends."""
+"""Weight averaging for Keras 3, on the tensorflow, jax and torch backends."""
 
 from swa_keras.batch_norm import update_bn
 from swa_keras.callback import SWA
+from swa_keras.optimizer import SWAOptimizer
+from swa_keras.schedule import SWASchedule
 
-__all__ = ["SWA", "update_bn"]
+__all__ = ["SWA", "SWAOptimizer", "SWASchedule", "update_bn"]

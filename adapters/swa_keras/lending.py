@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy.typing as npt
 from swa_core import NothingAveragedError, Schedule, SWAError, SwappedError, SWAWarning
 from swa_keras import batch_norm
 from swa_keras.averages import RunningAverage
-from swa_keras.backend import current, wide
-from swa_keras.model_state import averaged_variables, synced
+from swa_keras.backend import Variable, current, wide
+from swa_keras.model_state import synced
+from swa_keras.optimizer_average import OptimizerAverage
 from swa_keras.pooling import Statistics
 from swa_keras.ranks_torch import unwrapped
 from swa_keras.swapping import Swap
@@ -33,7 +34,7 @@ class Lender:
       swap: what the model that holds the average right now must be given back, or None.
     """
 
-    def __init__(self, average: RunningAverage, bn_data: Any = None) -> None:
+    def __init__(self, average: RunningAverage | OptimizerAverage, bn_data: Any = None) -> None:
         self.average = average
         self.swap: Swap | None = None
         self._bn_data = bn_data
@@ -42,16 +43,16 @@ class Lender:
         self._recalibration: batch_norm.Recalibration | None = None
         self._warned_empty = False
 
-    def take(self, average: RunningAverage) -> None:
+    def take(self, average: RunningAverage | OptimizerAverage) -> None:
         """Lends this average from now on."""
         self.average = average
         self._statistics = None
 
-    def weights(self, model: Callable[[], Any]) -> list[npt.NDArray[Any]]:
+    def weights(self, live: Callable[[], Sequence[Variable]]) -> list[npt.NDArray[Any]]:
         """Copies of the averages; of the live weights, with one warning, before there are any."""
         if self.average.n_averaged:
             return self.average.arrays()
-        variables = averaged_variables(unwrapped(model()))
+        variables = live()
         self._warn_empty()
         return [current().to_numpy(keras.ops.cast(v.value, wide(v.dtype))) for v in variables]
 
@@ -72,7 +73,8 @@ class Lender:
         recompute = self._recompute(model, bn_data) if update_bn else None
         self.swap = Swap(unwrapped(model), self.average, recompute)
         try:
-            yield model
+            with _training_refused(unwrapped(model), self.refuse_swapped):
+                yield model
         finally:
             try:
                 self.swap.restore()
@@ -139,6 +141,24 @@ class Lender:
                 SWAWarning,
                 stacklevel=5,
             )
+
+
+@contextmanager
+def _training_refused(model: Any, refuse: Callable[[str], None]) -> Iterator[None]:
+    """A context in which every training of the model is refused at its beginning.
+
+    What ``fit`` and ``train_on_batch`` call first is stood in for; a step that was compiled long
+    before would ask nobody.
+    """
+    own = vars(model).get("make_train_function")
+    vars(model)["make_train_function"] = lambda *_, **__: refuse("train")
+    try:
+        yield
+    finally:
+        if own is None:
+            vars(model).pop("make_train_function", None)
+        else:
+            vars(model)["make_train_function"] = own
 
 
 def usable(model: Any) -> Any:

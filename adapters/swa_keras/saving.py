@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from swa_core import StateError
 from swa_core.trees import is_inexact
-from swa_keras.swapping import live_variables
+from swa_keras.backend import current
+from swa_keras.swapping import Swap, live_variables
 
 _EARLIER = "load an earlier checkpoint."
 
@@ -63,6 +64,15 @@ def plain(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array.astype(np.float32) if narrow else array
 
 
+def saved_live(swap: Swap | None) -> dict[str, list[npt.NDArray[Any]]] | None:
+    """The training weights and the state beside them, as far as they wait outside the model."""
+    if swap is None:
+        return None
+    to_numpy = current().to_numpy
+    weights, state = ([plain(to_numpy(tensor)) for tensor in kept] for kept in swap.live)
+    return {"weights": weights, "state": state}
+
+
 def live_of(saved: Mapping[str, Any]) -> tuple[list[Any], list[Any]] | None:
     """The values of the trained and of the other variables; None if not saved while swapped."""
     live = saved.get("live")
@@ -91,3 +101,10 @@ def check_live(model: Any, live: tuple[list[Any], list[Any]]) -> None:
                 f"the saved training weights have shapes {found}, and the model has {wanted}.",
                 hint="load it into the model it was saved with.",
             )
+
+
+def give_back(model: Any, live: tuple[list[Any], list[Any]]) -> None:
+    """Assigns saved values that were checked."""
+    for variables, values in zip(live_variables(model), live, strict=True):
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)

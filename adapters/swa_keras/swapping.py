@@ -11,6 +11,7 @@ from swa_core.interrupts import uninterrupted
 from swa_keras.averages import RunningAverage
 from swa_keras.backend import Loan, Tensor, Variable
 from swa_keras.model_state import averaged_variables, state_variables, synced
+from swa_keras.optimizer_average import OptimizerAverage
 
 
 class Swap:
@@ -31,7 +32,10 @@ class Swap:
     """
 
     def __init__(
-        self, model: Any, average: RunningAverage, prepare: Callable[[Any], None] | None
+        self,
+        model: Any,
+        average: RunningAverage | OptimizerAverage,
+        prepare: Callable[[Any], None] | None,
     ) -> None:
         self._model = synced(model)
         self._backend = average.backend
