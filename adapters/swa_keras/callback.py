@@ -28,13 +28,14 @@ from swa_keras.backup import Backup
 from swa_keras.batches import fault_of
 from swa_keras.caveats import Caveats
 from swa_keras.checkpoint import AveragedCheckpoint
+from swa_keras.following import Following, averaging_optimizer
 from swa_keras.learning_rate import check_settable
 from swa_keras.lending import Lender, usable
 from swa_keras.model_state import averaged_variables, synced
+from swa_keras.optimizer_average import OptimizerAverage
 from swa_keras.progress import Progress
 from swa_keras.ranks_torch import unwrapped
-from swa_keras.saving import check_live, live_of, plain, progress_of
-from swa_keras.swapping import live_variables
+from swa_keras.saving import check_live, give_back, live_of, progress_of, saved_live
 from swa_keras.validation import Validation
 
 Validate = Literal["both", "average", "raw"]
@@ -62,6 +63,8 @@ class SWA(keras.callbacks.Callback):
 
     Args:
       config: a ``SWAConfig``, a mapping of its fields, or the path of a file with ``[swa]``.
+        Without one, the average is that of the model's ``SWAOptimizer``, which takes the
+        snapshots by itself; this callback then validates on it and ends the training on it.
       bn_data: training data for the batch-norm statistics, in any form that ``update_bn`` takes
         and that can be read more than once (of a generator: the function that makes it). A
         tf.data.Dataset that shuffles gives a training on the same object another order.
@@ -99,7 +102,7 @@ class SWA(keras.callbacks.Callback):
 
     def __init__(
         self,
-        config: SWAConfig | Mapping[str, Any] | str | os.PathLike[str],
+        config: SWAConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         *,
         bn_data: Any = None,
         validate: Validate = "both",
@@ -108,9 +111,12 @@ class SWA(keras.callbacks.Callback):
         name: str = "swa",
     ) -> None:
         super().__init__()
-        self.config = SWAConfig.of(config)
+        # Without a configuration it is a SWAOptimizer's, once there is a model.
+        self._follows = config is None
+        self.config = SWAConfig() if config is None else SWAConfig.of(config)
         if faults := _faults(bn_data, validate, name):
             raise ConfigError(faults, source="SWA(...)")
+        self._bn_data = bn_data
         self._validate = validate
         self._name = name
         self._bn_validate = bn_validate
@@ -130,6 +136,16 @@ class SWA(keras.callbacks.Callback):
         self._warned_none = False
         # What was said about lists of callbacks.
         self._noticed: set[str] = set()
+
+    def set_model(self, model: keras.Model) -> None:
+        """Takes the average of its optimizer, if it has no configuration of its own."""
+        if self._follows and model is not None:
+            optimizer = averaging_optimizer(model)
+            if getattr(self._progress, "optimizer", None) is not optimizer:
+                self.config = optimizer.config
+                self._progress = Following(optimizer)
+                self._lender = optimizer.lender(model, self._bn_data)
+        super().set_model(model)
 
     @property
     def schedule(self) -> Schedule | None:
@@ -162,7 +178,7 @@ class SWA(keras.callbacks.Callback):
 
         Before the first snapshot these are the live weights, and a warning says so once.
         """
-        return self._lender.weights(lambda: usable(self.model))
+        return self._lender.weights(lambda: averaged_variables(unwrapped(usable(self.model))))
 
     # Loops without fit
 
@@ -192,6 +208,7 @@ class SWA(keras.callbacks.Callback):
         self._check(model)
         self._settle(model)
         self._progress.begin(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+        self._progress.take_rate(model.optimizer)
         self._caveats.say(model)
         self._load_into(model)
         self._progress.prepare_next(lambda: model)
@@ -463,16 +480,15 @@ class SWA(keras.callbacks.Callback):
             self._look()
         average, updates = self._average, self._progress.updates()
         state = SWAState(updates, average.n_averaged, average.n_skipped, average.total, None)
-        live = self._live_to_load
-        if swap is not None:
-            to_numpy = average.backend.to_numpy
-            live = tuple([plain(to_numpy(tensor)) for tensor in kept] for kept in swap.live)
+        live = self._live_to_load and dict(
+            zip(("weights", "state"), self._live_to_load, strict=True)
+        )
         return {
             **header(state, rule=self.config.rule),
             **self._progress.saved(),
             "paths": average.paths,
             "average": average.arrays(),
-            "live": None if live is None else {"weights": live[0], "state": live[1]},
+            "live": live if swap is None else saved_live(swap),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -489,6 +505,12 @@ class SWA(keras.callbacks.Callback):
           StructureError: of other weights. After any error nothing has changed.
         """
         self._lender.refuse_swapped("load a state")
+        if self._follows and self._model is None:
+            raise SWAError(
+                "SWA() without a configuration has no average of its own to load into.",
+                hint="call swa.begin(model) first; or load the optimizer's variables with the "
+                "model's, as Keras does, and nothing here.",
+            )
         counters = self._progress.check(saved)
         progress, live = progress_of(saved), live_of(saved)
         average = RunningAverage(self.config.rule, self.config.nonfinite)
@@ -498,6 +520,9 @@ class SWA(keras.callbacks.Callback):
             average.match(averaged_variables(synced(model)), "cannot load the saved average")
             if live is not None:
                 check_live(model, live)
+        if isinstance(self._average, OptimizerAverage):
+            self._average.load(counters, saved)
+            average = self._average
         self._lender.take(average)
         self._live_to_load = live
         self._trained = None
@@ -572,7 +597,7 @@ class SWA(keras.callbacks.Callback):
     # Inside
 
     @property
-    def _average(self) -> RunningAverage:
+    def _average(self) -> RunningAverage | OptimizerAverage:
         return self._lender.average
 
     def _check(self, model: Any) -> None:
@@ -678,9 +703,7 @@ class SWA(keras.callbacks.Callback):
         self._average.match(averaged_variables(model), "cannot load the saved average")
         if self._live_to_load is not None:
             check_live(model, self._live_to_load)
-            for variables, values in zip(live_variables(model), self._live_to_load, strict=True):
-                for variable, value in zip(variables, values, strict=True):
-                    variable.assign(value)
+            give_back(model, self._live_to_load)
             self._live_to_load = None
 
     def _model_or(self, model: Any) -> Any:
