@@ -208,7 +208,7 @@ class SWA(keras.callbacks.Callback):
         self._check(model)
         self._settle(model)
         self._progress.begin(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
-        self._progress.take_rate(model.optimizer)
+        self._progress.take_rate(model)
         self._caveats.say(model)
         self._load_into(model)
         self._progress.prepare_next(lambda: model)

@@ -70,7 +70,7 @@ class Following(Progress):
     def end_fit(self) -> None:
         self._in_fit = False
 
-    def take_rate(self, optimizer: Any) -> None:
+    def take_rate(self, model: Any) -> None:
         pass
 
     def check(self, saved: Mapping[str, Any]) -> dict[str, Any]:

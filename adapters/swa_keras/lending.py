@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -73,7 +73,7 @@ class Lender:
         recompute = self._recompute(model, bn_data) if update_bn else None
         self.swap = Swap(unwrapped(model), self.average, recompute)
         try:
-            with _training_refused(unwrapped(model), self.refuse_swapped):
+            with self._training_refused(unwrapped(model)):
                 yield model
         finally:
             try:
@@ -103,6 +103,11 @@ class Lender:
                 hint=f"train past the first snapshot{known}, or start the average sooner.",
             )
         Swap(unwrapped(model), self.average, self._recompute(model, bn_data)).keep()
+
+    def _training_refused(self, model: Any) -> AbstractContextManager[None]:
+        # Training there would move an optimizer's average, and not only the model.
+        by_optimizer = isinstance(self.average, OptimizerAverage)
+        return _refused(model, self.refuse_swapped) if by_optimizer else nullcontext()
 
     def refuse_swapped(self, what: str) -> None:
         """Raises ``SwappedError`` while a model holds the average."""
@@ -144,7 +149,7 @@ class Lender:
 
 
 @contextmanager
-def _training_refused(model: Any, refuse: Callable[[str], None]) -> Iterator[None]:
+def _refused(model: Any, refuse: Callable[[str], None]) -> Iterator[None]:
     """A context in which every training of the model is refused at its beginning.
 
     What ``fit`` and ``train_on_batch`` call first is stood in for; a step that was compiled long

@@ -13,7 +13,7 @@ from swa_core import SWAError, SWAState
 from swa_core.averaging import NonFinite
 from swa_core.rules import Rule
 from swa_keras.averages import RunningAverage, leaves_of, match, same_objects
-from swa_keras.backend import Variable, current
+from swa_keras.backend import Loan, Tensor, Variable, current
 from swa_keras.in_graph import Counters, Micro
 from swa_keras.model_state import synced
 
@@ -41,6 +41,7 @@ class OptimizerAverage:
         self.averages: list[Variable] = []
         self.micro: Micro | None = None
         self._known: list[Variable] = []
+        self._loan: Loan | None = None
         self._model: Callable[[], Any] = lambda: None
 
     def train(self, model: Any) -> None:
@@ -87,15 +88,28 @@ class OptimizerAverage:
             match(leaves_of(self.variables), variables, what)
             self._known = list(variables)
 
-    def assign_to(self, variables: Sequence[Variable]) -> None:
-        """Copies the average into variables that were matched with it."""
-        self.backend.assign(variables, [average.value for average in self.averages])
+    def lend(self, variables: Sequence[Variable]) -> Loan:
+        """Puts the average into variables that were matched with it, until ``end``."""
+        self._loan = self.backend.lend(variables, self._tensors())
+        return self._loan
+
+    def end(self, *, keep: bool = False) -> bool:
+        """Ends a loan; see ``RunningAverage.end``."""
+        assert self._loan is not None
+        was_written = self._loan.keep() if keep else self._loan.undo()
+        self._loan = None
+        return was_written
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Copies of the averages on the host; none while nothing is averaged."""
         if not self.n_averaged:
             return []
-        return [self.backend.to_numpy(average.value) for average in self.averages]
+        # While they are lent, their own memory may hold the weights.
+        tensors = self._tensors() if self._loan is None else self._loan.averages
+        return [self.backend.to_numpy(tensor) for tensor in tensors]
+
+    def _tensors(self) -> list[Tensor]:
+        return [average.value for average in self.averages]
 
     def load(self, counters: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         """Takes over the counters and arrays of a saved state; nothing is changed by a bad one.

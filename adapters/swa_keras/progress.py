@@ -174,7 +174,7 @@ class Progress:
                 source="the schedule",
             )
         self._adopt(resolved)
-        self.take_rate(model.optimizer)
+        self.take_rate(model)
 
     def settle(self, model: Any) -> bool:
         """Ends the count of a ``fit`` that an exception ended; whether a snapshot is still due."""
@@ -251,7 +251,7 @@ class Progress:
 
     # The learning rate
 
-    def take_rate(self, optimizer: Any) -> None:
+    def take_rate(self, model: Any) -> None:
         """Leaves the rate to an optimizer that has it as a ``SWASchedule``.
 
         Raises:
@@ -259,6 +259,7 @@ class Progress:
         """
         if self.timetable is None or self.timetable.lr is None:
             return
+        optimizer = model.optimizer
         if self._rate is not None:
             self._rate.release()
         check_same(optimizer, self.timetable.lr, self.counts_epochs)

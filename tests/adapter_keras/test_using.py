@@ -339,7 +339,8 @@ def test_the_rate_with_gradient_accumulation_and_loss_scaling():
 def test_the_rate_wins_over_a_callback_at_the_epochs_ends():
     rates = Rates()
     other = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.5)
-    fit(dense(), SWA({"start": "2ep", "lr": {"value": 0.01}}), other, rates, epochs=4)
+    with pytest.warns(SWAWarning, match="something set the learning rate to 0.5"):
+        fit(dense(), SWA({"start": "2ep", "lr": {"value": 0.01}}), other, rates, epochs=4)
     np.testing.assert_allclose(rates.rates, [0.5] * 8 + [0.01] * 8, rtol=1e-6)
 
 
