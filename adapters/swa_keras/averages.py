@@ -118,13 +118,7 @@ class RunningAverage:
 
     def is_in(self, variables: Sequence[Variable]) -> bool:
         """Whether variables that were matched with it hold the average, NaN for NaN."""
-        ops = keras.ops
-        for tensor, variable in zip(self._tensors, variables, strict=True):
-            held, value = ops.cast(tensor, variable.dtype), variable.value
-            both_nan = ops.logical_and(ops.isnan(held), ops.isnan(value))
-            if not bool(ops.all(ops.logical_or(ops.equal(held, value), both_nan))):
-                return False
-        return True
+        return hold(variables, self._tensors)
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Copies of the averages on the host."""
@@ -185,6 +179,17 @@ def _truncated(what: str) -> StateError:
 def same_objects(known: Sequence[Any], now: Sequence[Any]) -> bool:
     """Whether two lists hold the very same variables."""
     return len(known) == len(now) and all(a is b for a, b in zip(known, now, strict=True))
+
+
+def hold(variables: Sequence[Variable], averages: Sequence[Tensor]) -> bool:
+    """Whether variables hold averages in their own dtypes, NaN for NaN."""
+    ops = keras.ops
+    for average, variable in zip(averages, variables, strict=True):
+        held, value = ops.cast(average, variable.dtype), variable.value
+        both_nan = ops.logical_and(ops.isnan(held), ops.isnan(value))
+        if not bool(ops.all(ops.logical_or(ops.equal(held, value), both_nan))):
+            return False
+    return True
 
 
 def match(held: dict[str, Leaf], variables: Sequence[Variable], what: str) -> dict[str, Leaf]:

@@ -17,6 +17,7 @@ from swa_core import (
     StateError,
     StructureError,
     SWAConfig,
+    SWAError,
     SWAState,
     SWAWarning,
 )

@@ -111,8 +111,9 @@ def _about_monitor(callback: Any, monitor: str, ours: list[Any]) -> Iterator[Fin
     kind = type(callback).__name__
     logging = [s for s in ours if s._validate == "both" and monitor.startswith(s._metrics_prefix)]
     replacing = [s for s in ours if s._validate == "average" and monitor.startswith("val_")]
-    if monitor.startswith("val_swa_") and not logging:
-        plain = f"val_{monitor.removeprefix('val_swa_')}"
+    names = [f"val_{swa._name}_" for swa in ours]
+    if (name := next(filter(monitor.startswith, names), None)) and not logging:
+        plain = f"val_{monitor.removeprefix(name)}"
         yield Finding(
             ours[0],
             f"{kind}(monitor={monitor!r}) waits for a metric that no SWA in the list logs. "
@@ -148,7 +149,8 @@ def _about_several(ours: list[Any]) -> Iterator[Finding]:
             yield Finding(
                 same[0],
                 f"{len(same)} callbacks validate their averages in one fit, and all log {prefix}*; "
-                'only one of them is seen. Give the others a name of their own, or validate="raw".',
+                'only one of them is seen. Give the others a name, SWA(..., name="ema"), or '
+                'validate="raw".',
             )
     if len(same := [swa for swa in ours if swa._finalize_at_end]) > 1:
         yield Finding(

@@ -31,7 +31,7 @@ class AveragedCheckpoint(keras.callbacks.ModelCheckpoint):
         prefix = swa._metrics_prefix
         if monitor is None:
             monitor = f"{prefix or 'val_'}loss"
-        if arguments.get("save_best_only") and (fault := _fault(monitor, swa._validate)):
+        if arguments.get("save_best_only") and (fault := _fault(monitor, swa)):
             raise ConfigError([Fault("monitor", fault)], source="swa.checkpoint(...)")
         super().__init__(filepath, monitor, **arguments)
         self.swa = swa
@@ -137,14 +137,15 @@ class _Averaged:
         checkpoint._saved = True
 
 
-def _fault(monitor: str, validate: str) -> str | None:
+def _fault(monitor: str, swa: Any) -> str | None:
     """Why a metric is not one of the average, or None."""
-    if validate == "raw" and monitor.startswith("val_"):
+    if swa._validate == "raw" and monitor.startswith("val_"):
         return (
             f'{monitor} is not of the average with validate="raw". Pass SWA(..., validate="both").'
         )
-    if validate == "average" and monitor.startswith("val_swa_"):
-        plain = f"val_{monitor.removeprefix('val_swa_')}"
+    name = f"val_{swa._name}_"
+    if swa._validate == "average" and monitor.startswith(name):
+        plain = f"val_{monitor.removeprefix(name)}"
         return (
             f'{monitor} is not logged with validate="average", where {plain} is the average\'s. '
             f"Say monitor={plain!r}."

@@ -53,6 +53,13 @@ class Following(Progress):
     def begin_fit(self, model: Any, params: Mapping[str, Any]) -> None:
         self._in_fit = False
 
+    def settle(self, model: Any) -> bool:
+        self._in_fit = False
+        return False
+
+    def can_look(self, model: Any) -> bool:
+        return True
+
     def begin_epoch(self, model: Callable[[], Any], params: Mapping[str, Any], epoch: int) -> None:
         self._in_fit = True
 

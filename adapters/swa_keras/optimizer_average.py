@@ -12,7 +12,7 @@ import numpy.typing as npt
 from swa_core import SWAError, SWAState
 from swa_core.averaging import NonFinite
 from swa_core.rules import Rule
-from swa_keras.averages import RunningAverage, leaves_of, match, same_objects
+from swa_keras.averages import RunningAverage, hold, leaves_of, match, same_objects
 from swa_keras.backend import Loan, Tensor, Variable, current
 from swa_keras.in_graph import Counters, Micro
 from swa_keras.model_state import synced
@@ -99,6 +99,10 @@ class OptimizerAverage:
         was_written = self._loan.keep() if keep else self._loan.undo()
         self._loan = None
         return was_written
+
+    def is_in(self, variables: Sequence[Variable]) -> bool:
+        """Whether variables that were matched with it hold the average; see ``RunningAverage``."""
+        return hold(variables, self._tensors())
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Copies of the averages on the host; none while nothing is averaged."""
