@@ -54,7 +54,7 @@ def findings(callbacks: Sequence[Any], kind: type) -> Iterator[Finding]:
     """Everything in a list that works against the average.
 
     Raises:
-      SWAError: Keras' own averaging is in the list too.
+      SWAError: Keras' own averaging is in the list too, or one of ours twice.
     """
     ours = [c for c in callbacks if isinstance(c, kind)]
     for callback in callbacks:
@@ -69,6 +69,11 @@ def findings(callbacks: Sequence[Any], kind: type) -> Iterator[Finding]:
             )
     if not ours:
         return
+    if len({id(swa) for swa in ours}) < len(ours):
+        raise SWAError(
+            "the same SWA is listed twice in the callbacks of one fit.",
+            hint="list it once; for two averages make two SWA(...), each with its name.",
+        )
     if any(isinstance(c, keras.callbacks.SwapEMAWeights) for c in callbacks):
         raise SWAError(
             "SwapEMAWeights is in the list of callbacks: it swaps in the average that Keras' "

@@ -36,8 +36,6 @@ class Progress:
         self._next: float = NEVER
         self._counter: UpdateCounter | None = None
         self._epoch_open = False
-        # What Keras told the ``fit`` whose first epoch is still to come.
-        self._begun_with: Mapping[str, Any] | None = None
         # The updates (or epochs) that this ``fit`` ends at, as far as known.
         self._end: float = NEVER
         self._rate: Rate | None = None
@@ -138,14 +136,7 @@ class Progress:
 
         Raises:
           ConfigError: times that cannot be resolved; rates inside an execution of several steps.
-          SWAError: the callback is in the list twice.
         """
-        if self._begun_with is not None and params is self._begun_with:
-            raise SWAError(
-                "the callback is listed twice in the callbacks of one fit.",
-                hint="list it once; for two averages make two SWA(...), each with its name.",
-            )
-        self._begun_with = params
         if params.get("epochs") == 0:
             return
         try:
@@ -189,7 +180,6 @@ class Progress:
         """Counts from here on; from the first epoch of a ``fit``, since every callback has loaded
         what it wanted to by then."""
         if self._counter is None:
-            self._begun_with = None
             self._counter = self._counter_of(model(), params, epoch)
         self._counter.new_epoch()
         self._epoch_open = True

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from adapter_keras.small_models import X, Y, array, dense, everything, fit, same, weights
 
-from swa_core import LearningRate, SWAConfig
+from swa_core import LearningRate, SWAConfig, SWAWarning
 from swa_keras import SWA
 
 k = keras.callbacks
@@ -110,7 +110,8 @@ def test_a_learning_rate_scheduler_and_the_rate_of_the_configuration(first):
     scheduler = k.LearningRateScheduler(lambda epoch, rate: 0.03)
     rates = Rates()
     callbacks = [SWA(config), scheduler] if first else [scheduler, SWA(config)]
-    fit(dense(), *callbacks, rates)
+    with pytest.warns(SWAWarning, match="something set the learning rate to 0.03"):
+        fit(dense(), *callbacks, rates)
     np.testing.assert_allclose(rates.rates, [0.03] * 8 + [0.01] * 8, rtol=1e-6)
 
 
