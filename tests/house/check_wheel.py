@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from importlib.metadata import files, metadata
+from importlib.metadata import entry_points, files, metadata
 from pathlib import Path
 
 import swa_core
@@ -24,5 +25,9 @@ assert "swa_core/testing/checks.py" in inside
 assert metadata("swa-core")["Version"] == swa_core.__version__
 frameworks = {"torch", "tensorflow", "keras", "jax", "optax", "flax"} & set(sys.modules)
 assert not frameworks, frameworks
+kinds = {point.name for point in entry_points(group="swa_core.checkpoints")}
+assert kinds == {".pt", ".pth", ".bin", ".ckpt", ".h5", ".keras"}, kinds
+command = Path(sys.executable).with_name("swa")
+assert b"swa average" in subprocess.run([command, "average", "--help"], capture_output=True).stdout
 results = check_adapter(CoreDriver)
 print(f"{len(results)} passed, 0 failed")

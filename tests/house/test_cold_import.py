@@ -19,7 +19,7 @@ def frameworks_after(statement):
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["swa_core", "swa_core.testing"])
+@pytest.mark.parametrize("module", ["swa_core", "swa_core.testing", "swa_core.cli"])
 def test_the_core_imports_no_framework(module):
     assert frameworks_after(f"import {module}") == set()
 
