@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from swa_core import StateError, StructureError
 from swa_core.averaging import check_leaves
+from swa_core.interrupts import uninterrupted
 from swa_core.rules import Rule
 from swa_keras.backend import Loan, Tensor, Variable, current, wide_dtype
 
@@ -66,16 +67,17 @@ class RunningAverage:
         if self._nonfinite == "skip" and not self.backend.all_finite(variables):
             self.n_skipped += 1
             return
-        if self.n_averaged:
-            total = float(self._rule.retain(float(self.n_averaged)) * self.total + 1.0)
-            self._tensors = self.backend.lerp(self._tensors, variables, 1.0 / total)
-        else:
-            total = 1.0
-            self._tensors = self.backend.copies(variables)
-            self._leaves = leaves_of(variables)
-            self._known = list(variables)
-        self.total = total
-        self.n_averaged += 1
+        with uninterrupted():  # or the old average may be used up, and the new one not yet here
+            if self.n_averaged:
+                total = float(self._rule.retain(float(self.n_averaged)) * self.total + 1.0)
+                self._tensors = self.backend.lerp(self._tensors, variables, 1.0 / total)
+            else:
+                total = 1.0
+                self._tensors = self.backend.copies(variables)
+                self._leaves = leaves_of(variables)
+                self._known = list(variables)
+            self.total = total
+            self.n_averaged += 1
 
     def match(self, variables: Sequence[Variable], what: str) -> None:
         """Makes sure that these are the variables that are averaged.

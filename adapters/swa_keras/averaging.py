@@ -11,6 +11,7 @@ import keras
 import numpy.typing as npt
 
 from swa_core import Schedule, StateError, StructureError, SWAConfig, SWAError, SWAState
+from swa_core.interrupts import uninterrupted
 from swa_core.saving import header
 from swa_keras import checking, files
 from swa_keras.averages import RunningAverage
@@ -163,9 +164,10 @@ class Averaging(keras.callbacks.Callback):
         elif model is not self._trained:
             self._refuse_other(model, "cannot count an update")
         update, is_snapshot = self._progress.following()
-        if is_snapshot:
-            self._average.add(averaged_variables(synced(model)), update)
-        self._progress.completed(update)
+        with uninterrupted():  # or the update would be averaged, and not counted
+            if is_snapshot:
+                self._average.add(averaged_variables(synced(model)), update)
+            self._progress.completed(update)
         self._progress.prepare_next(lambda: model)
 
     # Using the average
@@ -376,13 +378,16 @@ class Averaging(keras.callbacks.Callback):
     def _settle(self, model: Any) -> None:
         """Ends the count of a fit that an exception ended."""
         if self._progress.settle(model):
-            self._average.add(averaged_variables(model), self._progress.updates())
-            self._progress.taken()
+            self._take(model)
 
     def _look(self) -> None:
         """Takes the snapshot if one is due."""
         model = self.model
         if self._progress.look(model):
+            self._take(model)
+
+    def _take(self, model: Any) -> None:
+        with uninterrupted():
             self._average.add(averaged_variables(model), self._progress.updates())
             self._progress.taken()
 

@@ -41,6 +41,7 @@ class Loan:
         self._variables = variables
         self.live: list[jax.Array] = [v.value for v in variables]
         self.averages = list(averages)
+        self._check()
         _GUARD.add(self)
         try:
             for variable, average in zip(variables, averages, strict=True):

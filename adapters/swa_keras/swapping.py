@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from swa_core import SWAWarning
+from swa_core import SWAError, SWAWarning
 from swa_core.interrupts import uninterrupted
 from swa_keras.averages import RunningAverage
 from swa_keras.backend import Loan, Tensor, Variable
@@ -73,9 +73,13 @@ class Swap:
             # An exception inside evaluate() leaves the values outside the variables on jax, from
             # where a later sync would overwrite what is assigned now.
             synced(self._model)
-            was_written = self._average.end()
-            self._backend.assign(self._state, self._live_state)
-            self._loan = None
+            try:
+                was_written = self._average.end()
+            except SWAError:
+                # The weights are back, and somebody has deleted the average.
+                self._give_back_state()
+                raise
+            self._give_back_state()
         self._warn(was_written, " the training weights are back, but")
 
     def keep(self) -> None:
@@ -85,6 +89,10 @@ class Swap:
             was_written = self._average.end(keep=True)
             self._loan = None
         self._warn(was_written, "")
+
+    def _give_back_state(self) -> None:
+        self._backend.assign(self._state, self._live_state)
+        self._loan = None
 
     def _warn(self, was_written: bool, result: str) -> None:
         if was_written:
