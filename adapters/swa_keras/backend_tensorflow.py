@@ -148,9 +148,11 @@ def _replicas(value: tf.Variable) -> Sequence[tf.Variable]:
 
 def _average(value: Callable[[], tf.Tensor], variable: Variable) -> tf.Variable:
     first = _replicas(variable.value)[0]
-    # By the class itself: inside the scope of a strategy tf.Variable makes one for each replica.
+    # By the class itself inside the scope of a strategy, where tf.Variable makes one for each
+    # replica; not elsewhere, for what the first batch of a model has built is of another class.
+    make = type(first) if tf.distribute.has_strategy() else tf.Variable
     with tf.device(first.device):
-        return type(first)(value(), trainable=False)
+        return make(value(), trainable=False)
 
 
 def _lerp(averages: list[tf.Variable], values: list[tf.Variable], weight: tf.Tensor) -> None:
