@@ -30,6 +30,7 @@ class RunningAverage:
       n_averaged: snapshots in the average.
       n_skipped: snapshots left out because they held NaN or Inf.
       total: the sum of the snapshots' weights relative to the newest; see ``swa_core.rules``.
+      swap: what the model that it is lent to must be given back, or None; whoever lends it sets it.
     """
 
     def __init__(self, rule: Rule, nonfinite: str) -> None:
@@ -39,6 +40,7 @@ class RunningAverage:
         self.n_averaged = 0
         self.n_skipped = 0
         self.total = 0.0
+        self.swap: Any = None
         self._leaves: dict[str, Leaf] = {}
         self._known: list[Variable] = []
         # Arrays of a saved state wait here until there is a model to place them beside.

@@ -31,17 +31,24 @@ class Lender:
 
     Attributes:
       average: as above; a loaded state puts another in its place.
-      swap: what the model that holds the average right now must be given back, or None.
     """
 
     def __init__(self, average: RunningAverage | OptimizerAverage, bn_data: Any = None) -> None:
         self.average = average
-        self.swap: Swap | None = None
         self._bn_data = bn_data
         # What update_bn found for the average of so many snapshots, of this model.
         self._statistics: tuple[int, Any, list[Statistics]] | None = None
         self._recalibration: batch_norm.Recalibration | None = None
         self._warned_empty = False
+
+    @property
+    def swap(self) -> Swap | None:
+        """What the model that holds the average right now must be given back, or None.
+
+        It is the average's, for that of an optimizer is lent by the optimizer and by callbacks.
+        """
+        swap: Swap | None = self.average.swap
+        return swap
 
     def take(self, average: RunningAverage | OptimizerAverage) -> None:
         """Lends this average from now on."""
@@ -71,16 +78,16 @@ class Lender:
             yield model
             return
         recompute = self._recompute(model, bn_data) if update_bn else None
-        self.swap = Swap(unwrapped(model), self.average, recompute)
+        swap = self.average.swap = Swap(unwrapped(model), self.average, recompute)
         try:
             with self._training_refused(unwrapped(model)):
                 yield model
         finally:
             try:
-                self.swap.restore()
+                swap.restore()
             finally:  # a Ctrl-C that waited for the end is raised at the end
-                if self.swap.is_over:
-                    self.swap = None
+                if swap.is_over:
+                    self.average.swap = None
 
     def finalize(
         self, model: Any, bn_data: Any = None, *, updates: int, schedule: Schedule | None

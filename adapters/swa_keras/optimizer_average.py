@@ -30,6 +30,7 @@ class OptimizerAverage:
       variables: the trained variables that are averaged; none before the optimizer is built.
       averages: the optimizer's variable for each of them, float32 or wider.
       micro: how the inner optimizer counts batches; None before the optimizer is built.
+      swap: what the model that it is lent to must be given back, or None; whoever lends it sets it.
     """
 
     def __init__(self, rule: Rule, nonfinite: NonFinite, counters: Counters) -> None:
@@ -40,6 +41,7 @@ class OptimizerAverage:
         self.variables: list[Variable] = []
         self.averages: list[Variable] = []
         self.micro: Micro | None = None
+        self.swap: Any = None
         self._known: list[Variable] = []
         self._loan: Loan | None = None
         self._model: Callable[[], Any] = lambda: None
