@@ -194,8 +194,9 @@ def watch(swa: Any, kind: type) -> None:
         return
     check(found, kind)
     last = [c for c in found.callbacks if isinstance(c, kind) and c._finalize_at_end][-1:]
-    if last == [swa]:
-        # This list is fit's own, and made anew for each one.
+    watched = any(isinstance(c, LastWord) and c._swa is swa for c in found.callbacks)
+    if last == [swa] and not watched:
+        # This list is fit's own, made anew for each one, unless the user passes a CallbackList.
         callback = LastWord(swa)
         callback.set_model(swa.model)
         found.callbacks.append(callback)

@@ -374,6 +374,8 @@ class Progress:
         self._look_ahead()
         epochs = max((params.get("epochs") or 0) - epoch, 0)
         self._end = NEVER
+        if params.get("epochs") is None:  # a CallbackList of the user's need not know
+            return counter
         if self.counts_epochs:
             self._end = self.epochs + epochs
         elif steps:

@@ -6,11 +6,15 @@ be done twice, or undone if it raises (a raise skips ``on_test_end``). So while 
 callbacks that is passed on, leaves all others alone, and gives the training weights back in a
 ``finally``. The metrics it adds are part of what ``evaluate`` returns, so that every callback
 sees them, wherever it stands in the list.
+
+An exception ends a ``fit`` without a word to callbacks, so the wrapper stays until the next one.
+It keeps no callback alive, nor its average; and goes when it finds that its callback is gone.
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -29,7 +33,8 @@ class Validation:
       callback: the one whose ``fit`` it is.
       both: validate on the training weights too.
       name: what the averaged metrics are called: ``val_<name>_loss``.
-      averaged: gives the context with the average in the model, or None where there is none yet.
+      averaged: a method of the callback that gives the context with the average in the model, or
+        None where there is none yet.
     """
 
     def __init__(
@@ -42,32 +47,38 @@ class Validation:
         averaged: Callable[[], AbstractContextManager[Any] | None],
     ) -> None:
         self._model = model
-        self._callback = callback
+        self._callback = weakref.ref(callback)
         self._both = both
         self._prefix = f"{name}_"
-        self._averaged = averaged
-        self._active = True
+        self._averaged = weakref.WeakMethod(averaged)
+        self._removed = False
         self._warned = False
         # Before the first validation, so that it is not compiled twice.
         current().keep_in_evaluation(model)
-        self._previous = vars(model).get("evaluate")
+        self._previous = _living(vars(model).get("evaluate"))
         vars(model)["evaluate"] = self
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no ``fit`` any more that it could be called by."""
+        return self._removed or self._callback() is None
 
     def remove(self) -> None:
         """Gives the model its own method back."""
-        self._active = False
-        top = vars(self._model).get("evaluate")
-        while isinstance(top, Validation) and not top._active:
-            top = top._previous
+        self._removed = True
+        top = _living(vars(self._model).get("evaluate"))
         if top is None:
             vars(self._model).pop("evaluate", None)
         else:
             vars(self._model)["evaluate"] = top
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_ours(kwargs.get("callbacks")):
+        averaged = self._averaged()
+        if averaged is None or not self._is_ours(kwargs.get("callbacks")):
+            if self.is_over:
+                self.remove()
             return self._evaluate(*args, **kwargs)
-        context = self._averaged()
+        context = averaged()
         if not self._both:
             if context is None:
                 return self._evaluate(*args, **kwargs)
@@ -77,14 +88,14 @@ class Validation:
             # What can be read only once is the training weights' first, as without us.
             self._warn_of_generator()
             logs = self._evaluate(*args, **kwargs)
-            averaged = self._evaluate_averaged(context, *args, **kwargs)
+            found = self._evaluate_averaged(context, *args, **kwargs)
         else:
             # Otherwise they come last, so that what a validation leaves behind (the metrics of
             # the model, say) is what it would be without us.
-            averaged = self._evaluate_averaged(context, *args, **kwargs)
+            found = self._evaluate_averaged(context, *args, **kwargs)
             logs = self._evaluate(*args, **kwargs)
-        averaged = logs if averaged is None else averaged
-        return {**logs, **{f"{self._prefix}{name}": value for name, value in averaged.items()}}
+        found = logs if found is None else found
+        return {**logs, **{f"{self._prefix}{name}": value for name, value in found.items()}}
 
     def _evaluate_averaged(
         self, context: AbstractContextManager[Any] | None, *args: Any, **kwargs: Any
@@ -114,7 +125,14 @@ class Validation:
 
     def _is_ours(self, callbacks: Any) -> bool:
         return (
-            self._active
+            not self._removed
             and isinstance(callbacks, keras.callbacks.CallbackList)
-            and any(callback is self._callback for callback in callbacks.callbacks)
+            and any(callback is self._callback() for callback in callbacks.callbacks)
         )
+
+
+def _living(top: Any) -> Any:
+    """An ``evaluate`` without the wrappers that are over, or None for that of the class."""
+    while isinstance(top, Validation) and top.is_over:
+        top = top._previous
+    return top

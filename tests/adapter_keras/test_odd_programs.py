@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import keras
 import pytest
-from adapter_keras.small_models import dense, fit, same, weights
+from adapter_keras.small_models import X, Y, dense, fit, same, weights
 
 from swa_core import SwappedError
 from swa_keras import SWA, SWAOptimizer
 
+k = keras.callbacks
+EVERY_EPOCH = {"start": "1ep", "every": "1ep"}
 EVERY_STEP = {"start": "1step", "every": "1step"}
 
 
@@ -20,12 +25,50 @@ def test_an_average_that_two_can_lend_is_lent_once(second):
     fit(model, one, epochs=1)
     fit(model, two, epochs=1)
     before, average = weights(model), one.averaged_weights
+    lend = {
+        "averaged": lambda: two.averaged().__enter__(),
+        "finalize": two.finalize,
+        "averaged by the optimizer": lambda: optimizer.averaged(model).__enter__(),
+    }
     with one.averaged(), pytest.raises(SwappedError):
-        if second == "averaged":
-            two.averaged().__enter__()
-        elif second == "finalize":
-            two.finalize()
-        else:
-            optimizer.averaged(model).__enter__()
+        lend[second]()
     same(weights(model), before)
     same(two.averaged_weights, average)
+
+
+def interrupted_fit(model, swa, hook):
+    """A fit that Ctrl-C ends in the second epoch."""
+
+    def interrupt(number=0, logs=None):
+        if hook != "on_epoch_begin" or number == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(model, swa, k.LambdaCallback(**{hook: interrupt}), validation_data=(X, Y))
+    # Frames hold what was at work in them.
+    caught.value.__traceback__ = None
+
+
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin", "on_epoch_end"])
+def test_interrupted_fits_leave_no_average_behind(hook):
+    model, gone = dense(), []
+    for _ in range(2):
+        swa = SWA(EVERY_EPOCH)
+        interrupted_fit(model, swa, hook)
+        gone.append(weakref.ref(swa))
+        del swa
+        gc.collect()
+    assert [swa() for swa in gone] == [None, None]
+    history = fit(model, SWA(EVERY_EPOCH), validation_data=(X, Y)).history
+    assert "val_swa_loss" in history
+    assert "evaluate" not in vars(model)
+
+
+def test_a_callback_list_of_ones_own_may_serve_several_fits():
+    model = dense()
+    callbacks = k.CallbackList([SWA(EVERY_EPOCH)], add_history=True, model=model)
+    lengths = set()
+    for _ in range(3):
+        model.fit(X, Y, batch_size=6, verbose=0, callbacks=callbacks)
+        lengths.add(len(callbacks.callbacks))
+    assert len(lengths) == 1
