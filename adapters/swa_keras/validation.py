@@ -58,6 +58,10 @@ class Validation:
         self._previous = _living(vars(model).get("evaluate"))
         vars(model)["evaluate"] = self
 
+    def __reduce__(self) -> Any:
+        # None in a copy of the callback, which is in no fit.
+        return type(None), ()
+
     @property
     def is_over(self) -> bool:
         """Whether there is no ``fit`` any more that it could be called by."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -72,3 +73,19 @@ def test_a_callback_list_of_ones_own_may_serve_several_fits():
         model.fit(X, Y, batch_size=6, verbose=0, callbacks=callbacks)
         lengths.add(len(callbacks.callbacks))
     assert len(lengths) == 1
+
+
+def test_a_callback_that_is_copied_during_fit_leaves_the_fit_alone():
+    model, swa, copies = dense(), SWA(EVERY_STEP), []
+
+    class Copying(k.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            copies.append((copy.deepcopy(swa), swa.averaged_weights))
+
+    history = fit(model, swa, Copying(), epochs=2, validation_data=(X, Y)).history
+    assert len(history["val_swa_loss"]) == 2
+    assert "evaluate" not in vars(model)
+    for copied, average in copies:
+        same(copied.averaged_weights, average)
+    fit(copies[0][0].model, copies[0][0], epochs=1)
+    assert copies[0][0].n_averaged == 8
