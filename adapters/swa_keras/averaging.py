@@ -319,7 +319,8 @@ class Averaging(keras.callbacks.Callback):
 
         Args:
           path: the file.
-          model: needed for what another framework has saved; built.
+          model: needed for what another framework has saved; built. (What this class has saved is
+            matched with a model by the order of its variables.)
           names: then, for every trainable variable of the model, by path, the name in the file; by
             default they are the same.
           transform: for variables that lie otherwise in the file, by path, a function that makes
@@ -408,4 +409,6 @@ class Averaging(keras.callbacks.Callback):
             self._live_to_load = None
 
     def _model_or(self, model: Any) -> Any:
-        return usable(self.model if model is None else model)
+        # ``evaluate(callbacks=[swa])`` of another model makes that one ours, in Keras' eyes.
+        own = self._trained if self._trained is not None else self.model
+        return usable(own if model is None else model)

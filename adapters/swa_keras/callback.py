@@ -170,7 +170,7 @@ class SWA(Averaging):
             return
         if self.n_averaged:
             self.finalize()
-        elif self._expects:
+        elif self._expects and self.schedule is not None:
             skipped = f" ({self.n_skipped} held NaN or Inf)" if self.n_skipped else ""
             warnings.warn(
                 f"SWA: no snapshot was averaged in {self.updates} updates{skipped}; the model "
@@ -222,10 +222,11 @@ class SWA(Averaging):
         """A callback for ``fit`` that saves the model with the average in it.
 
         It is a ``keras.callbacks.ModelCheckpoint`` and takes its arguments; the file loads
-        anywhere, without this package. It may stand before or after this callback. While there is
-        no snapshot it saves nothing and, with ``verbose=1``, says so; a training in which nothing
-        was saved ends with a warning. With ``save_best_only``, epochs that are not validated
-        (``validation_freq``) are left out.
+        anywhere, without this package (with a ``SWAOptimizer`` or ``SWASchedule`` in the model by
+        ``load_model(..., compile=False)``). It may stand before or after this callback. While
+        there is no snapshot it saves nothing and, with ``verbose=1``, says so; a training in which
+        nothing was saved ends with a warning. With ``save_best_only``, epochs that are not
+        validated (``validation_freq``) are left out.
 
         Args:
           filepath: ``*.keras``, or ``*.weights.h5`` with ``save_weights_only=True``; may have

@@ -79,6 +79,8 @@ def read_for(
       OSError: the file cannot be read.
     """
     found = load_average(path)
+    if found.framework == "keras" and names is None and transform is None:
+        return read(path)  # whose variables are matched by their order, whatever their names
     if names is not None or transform is not None:
         same = {name: name for name in found.state.average}
         found = found.renamed(same if names is None else names, transform)

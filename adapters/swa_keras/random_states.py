@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -27,11 +28,7 @@ def save(model: Any) -> Arrays:
     _, keys, *rest = np.random.get_state()
     arrays["numpy"], arrays["numpy/rest"] = keys, np.array(rest)
     if keras.backend.backend() == "torch":
-        import torch
-
-        arrays["torch"] = torch.get_rng_state().numpy()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            arrays["torch/cuda"] = torch.cuda.get_rng_state().numpy()
+        arrays |= importlib.import_module("swa_keras.random_states_torch").save()
     return arrays
 
 
@@ -56,12 +53,8 @@ def load(model: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     random.setstate((int(version), numbers, None if np.isnan(normal) else float(normal)))
     place, has_normal, normal = arrays["numpy/rest"]
     np.random.set_state(("MT19937", arrays["numpy"], int(place), int(has_normal), float(normal)))
-    if "torch" in arrays and keras.backend.backend() == "torch":
-        import torch
-
-        torch.set_rng_state(torch.from_numpy(arrays["torch"]))
-        if "torch/cuda" in arrays and torch.cuda.is_available():
-            torch.cuda.set_rng_state(torch.from_numpy(arrays["torch/cuda"]))
+    if keras.backend.backend() == "torch":
+        importlib.import_module("swa_keras.random_states_torch").load(arrays)
 
 
 def _seeds(model: Any) -> list[Any]:

@@ -47,6 +47,15 @@ def test_a_training_goes_on_from_the_file_bit_for_bit(tmp_path):
     assert repr(states[0]) == repr(states[1])
 
 
+def test_a_file_of_ones_own_goes_with_any_model_of_the_same_variables(tmp_path):
+    swa = SWA(CONFIG, finalize=False)
+    fit(dense(), swa)
+    swa.save(tmp_path / "swa")
+    model = dense()  # whose variables have other names
+    SWA.load(tmp_path / "swa", model=model).finalize(model)
+    same(weights(model), swa.averaged_weights)
+
+
 def test_what_was_never_trained_comes_back_too(tmp_path):
     swa = SWA(CONFIG)
     swa.save(tmp_path / "empty")
