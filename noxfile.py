@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nox
@@ -71,7 +72,8 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Every example in a docstring and the README runs, and prints what it says."""
     install(session, "--editable", ".[all]", *GROUPS["test"])
-    env = {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": "examples"}
+    path = os.pathsep.join(["examples", "benchmarks"])
+    env = {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": path}
     files = ["examples/record.py", "examples/report.py"]
     files += [
         f"benchmarks/{name}.py"
