@@ -78,12 +78,6 @@ def test_evaluating_another_model_with_the_callback_changes_nothing_of_ours():
     same(weights(other), before)
 
 
-def test_a_fit_of_no_epoch_says_nothing():
-    model, swa = dense(), SWA(EVERY_STEP)
-    fit(model, swa, epochs=0)  # a warning would be an error
-    assert swa.schedule is None
-
-
 def test_with_nothing_averaged():
     model, swa = dense(), SWA({"start": "99step", "every": "1step"}, validate="raw")
     before = weights(model)
