@@ -158,7 +158,7 @@ def save_average(
     >>> file = os.path.join(tempfile.mkdtemp(), "average.safetensors")
     >>> save_average(file, SWAState(7, 2, 0, 2.0, {"dense": {"bias": np.zeros(1)}}), SWAConfig())
     >>> load_average(file).state
-    SWAState(updates=7, n_averaged=2, n_skipped=0, total=2.0, average={'dense/bias': array([0.])})
+    SWAState(n_updates=7, n_averaged=2, n_skipped=0, total=2.0, average={'dense/bias': array([0.])})
     """
     average = {key: leaf for key, leaf in trees.by_path(state.average).items() if leaf is not None}
     others = {_BESIDE + key: leaf for key, leaf in (beside or {}).items()}

@@ -19,7 +19,7 @@ class SWAState(NamedTuple):
     """The average and everything needed to go on with it; a pytree without registration.
 
     Attributes:
-      updates: completed optimizer updates.
+      n_updates: completed optimizer updates; ``updates`` reads it too.
       n_averaged: snapshots in the average.
       n_skipped: snapshots left out because they held NaN or Inf.
       total: the sum of the snapshots' weights relative to the newest, float64; see ``rules``.
@@ -28,11 +28,18 @@ class SWAState(NamedTuple):
         initial weights.
     """
 
-    updates: int
+    n_updates: int
     n_averaged: int
     n_skipped: int
     total: float
     average: Tree
+
+    @property
+    def updates(self) -> int:
+        """``n_updates``. The field cannot be called so: ``optax.tree.get(state, "updates")`` looks
+        fields up by name, and has to find the one of optax' own L-BFGS.
+        """
+        return self.n_updates
 
 
 def init(weights: Tree) -> SWAState:
@@ -88,8 +95,8 @@ def update(
     """
     if nonfinite not in ("skip", "keep"):
         raise ValueError(f'nonfinite must be "skip" or "keep", got {nonfinite!r}')
-    state = state._replace(updates=state.updates + 1)
-    if not schedule.is_snapshot(state.updates):
+    state = state._replace(n_updates=state.n_updates + 1)
+    if not schedule.is_snapshot(state.n_updates):
         return state
     new = _matched(state, weights)
     if nonfinite == "skip" and not all(np.isfinite(leaf).all() for leaf in new.values()):
@@ -128,7 +135,7 @@ def _matched(state: SWAState, weights: Tree) -> dict[str, Any]:
     check_leaves(
         held,
         new,
-        f"cannot add snapshot {state.n_averaged + 1} at update {state.updates}",
+        f"cannot add snapshot {state.n_averaged + 1} at update {state.n_updates}",
         "every snapshot needs the same weights. If the model changed on purpose, start a new "
         "average.",
     )

@@ -18,7 +18,7 @@ from swa_core.schedule import Schedule
 from swa_core.trees import Tree
 
 VERSION = 1
-COUNTERS = {"updates": int, "n_averaged": int, "n_skipped": int, "total": float}
+COUNTERS = {"n_updates": int, "n_averaged": int, "n_skipped": int, "total": float}
 
 
 def header(

@@ -274,7 +274,7 @@ class Averaging(keras.callbacks.Callback):
         self._lender.take(average)
         self._live_to_load = live
         self._trained = None
-        self._progress.load(saved, counters["updates"], progress)
+        self._progress.load(saved, counters["n_updates"], progress)
         if model is not None and model.built:
             self._load_into(model)
             self._progress.prepare_next(lambda: model)

@@ -23,12 +23,12 @@ class Counters(NamedTuple):
     """Scalar int32 variables of the optimizer.
 
     Attributes:
-      updates: completed updates.
+      n_updates: completed updates.
       n_averaged: snapshots in the average.
       n_skipped: snapshots left out because they held NaN or Inf.
     """
 
-    updates: Variable
+    n_updates: Variable
     n_averaged: Variable
     n_skipped: Variable
 

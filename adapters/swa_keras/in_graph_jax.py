@@ -39,7 +39,7 @@ class Step:
             taken = due & _cond(due, _all_finite, _not_read, new)
         n = _next(n_averaged)
         mixed = _cond(taken, partial(_mixed, rule), _kept, old, new, n)
-        counters.updates.assign(count)
+        counters.n_updates.assign(count)
         counters.n_averaged.assign(jnp.where(taken, n, n_averaged))
         counters.n_skipped.assign(jnp.where(due & ~taken, _next(n_skipped), n_skipped))
         if mixed is not old:

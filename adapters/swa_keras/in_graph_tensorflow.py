@@ -63,7 +63,7 @@ class Step:
         # The first snapshot is copied: mixing it in by weight 1 would lose its last bits.
         branch = tf.where(taken, tf.where(n == 1, 1, 2), 0)
         tf.switch_case(branch, [lambda: tf.constant(0), over_all(_copy), over_all(_mix)])
-        counters.updates.assign(count)
+        counters.n_updates.assign(count)
         counters.n_averaged.assign(tf.where(taken, n, n_averaged))
         counters.n_skipped.assign(tf.where(due & ~taken, _next(n_skipped), n_skipped))
 

@@ -25,7 +25,7 @@ class Step:
         if not micro.completed:
             return
         schedule, rule, nonfinite = self._plan
-        update = _increment(counters.updates)
+        update = _increment(counters.n_updates)
         if not schedule.is_snapshot(update):
             return
         new = [v.value.detach() for v in variables]

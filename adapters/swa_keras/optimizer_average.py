@@ -53,7 +53,7 @@ class OptimizerAverage:
     @property
     def updates(self) -> int:
         """Completed updates since the optimizer was made."""
-        return self._read(self.counters.updates)
+        return self._read(self.counters.n_updates)
 
     @property
     def n_averaged(self) -> int:

@@ -28,7 +28,7 @@ def find_state(opt_state: Tree) -> SWAState:
     Raises:
       StateError: there is none, or there are several, or a chain goes on behind it.
 
-    >>> find_state(((), {"inner": SWAState(1, 0, 0, 0.0, None)})).updates
+    >>> find_state(((), {"inner": SWAState(1, 0, 0, 0.0, None)})).n_updates
     1
     """
     found = {
@@ -146,7 +146,7 @@ def averaged_params(opt_state: Tree, params: Tree) -> Tree:
     if not _has_warned:
         _has_warned = True
         warnings.warn(
-            f"nothing is averaged yet (after {state.updates} updates): these are the live "
+            f"nothing is averaged yet (after {state.n_updates} updates): these are the live "
             "parameters.",
             SWAWarning,
             stacklevel=2,
@@ -182,7 +182,7 @@ def finalize(opt_state: Tree, params: Tree) -> Tree:
         skipped = int(state.n_skipped)
         why = f"; {skipped} snapshots held NaN or Inf and were left out" if skipped else ""
         raise NothingAveragedError(
-            f"finalize() before the first snapshot: nothing is averaged after {state.updates} "
+            f"finalize() before the first snapshot: nothing is averaged after {state.n_updates} "
             f"updates{why}.",
             hint="train past the start, or start sooner.",
         )

@@ -94,7 +94,7 @@ def restored(opt_state: Tree, now: SWAState, found: SWAState) -> Tree:
     own = named(now.average)
     average = [placed_like(found.average[path], own[path]) for path in own]
     new = SWAState(
-        updates=jnp.array(found.updates, jnp.int32),
+        n_updates=jnp.array(found.n_updates, jnp.int32),
         n_averaged=jnp.array(found.n_averaged, jnp.int32),
         n_skipped=jnp.array(found.n_skipped, jnp.int32),
         total=jnp.array(found.total, jnp.float32),

@@ -48,7 +48,7 @@ def swa(
       total_steps: updates in all, where it has a share of the training.
 
     Returns:
-      A transformation with the state ``swa_core.SWAState``: int32 counters ``updates``,
+      A transformation with the state ``swa_core.SWAState``: int32 counters ``n_updates``,
       ``n_averaged`` and ``n_skipped`` that stop at 2**31 - 1, ``total`` in float32, and
       ``average`` in float32 (float64 for float64 parameters). Leaves that are not averaged
       (integers, booleans, keys) are None in ``average``; give ``is_leaf=lambda x: x is None`` to
@@ -79,7 +79,7 @@ def swa(
     def init(params: Tree) -> SWAState:
         reading.expect_a_first_snapshot()
         return SWAState(
-            updates=counter(),
+            n_updates=counter(),
             n_averaged=counter(),
             n_skipped=counter(),
             total=jnp.zeros((), jnp.float32),
@@ -92,7 +92,7 @@ def swa(
         del extra_args  # for other transformations of the chain
         new = _parameters_after(updates, state, params)
         old, structure = jax.tree.flatten(state.average)
-        count = increment(state.updates)
+        count = increment(state.n_updates)
         taken = due = schedule.is_snapshot(count)
         if config.nonfinite == "skip":
             taken = due & lax.cond(due, _all_finite, _not_read, new)
@@ -100,7 +100,7 @@ def swa(
         mixed = lax.cond(taken, mix, _kept, old, new, n)
         total = 1.0 / _mixing_weight(config.rule, n, jnp.float32)
         return updates, SWAState(
-            updates=count,
+            n_updates=count,
             n_averaged=jnp.where(taken, n, state.n_averaged),
             n_skipped=jnp.where(due & ~taken, increment(state.n_skipped), state.n_skipped),
             total=jnp.where(taken, total, state.total),

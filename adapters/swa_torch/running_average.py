@@ -458,7 +458,7 @@ class RunningAverage:
     def restore(self, counters: dict[str, Any], cohorts: list[Cohort]) -> None:
         """Goes on from saved counters and averages, which fit the parameters."""
         self.reset()
-        self.updates, self.n_averaged = counters["updates"], counters["n_averaged"]
+        self.updates, self.n_averaged = counters["n_updates"], counters["n_averaged"]
         self.n_skipped, self.total = counters["n_skipped"], counters["total"]
         self.cohorts = cohorts
         self.join()

@@ -61,7 +61,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         n = state.n_averaged
         found["metadata"] = {key: value for key, value in metadata.items() if key != "swa"}
         found["average"] = {
-            "updates": state.updates,
+            "n_updates": state.n_updates,
             "n_averaged": n,
             "n_skipped": state.n_skipped,
             "total": state.total,
@@ -84,7 +84,7 @@ def drawn(found: dict[str, Any]) -> str:
         versions = ", ".join(f"{key} {value}" for key, value in average["versions"].items())
         lines += [
             f"an average of {plural(average['n_averaged'], 'snapshot')} after "
-            f"{plural(average['updates'], 'update')}{saved_by}",
+            f"{plural(average['n_updates'], 'update')}{saved_by}",
             f"  rule       {_said(average['rule'])}; worth {average['effective_snapshots']:.4g} "
             "equally weighted snapshots",
             f"  left out   {plural(average['n_skipped'], 'snapshot')} with NaN or Inf",

@@ -281,7 +281,7 @@ def test_a_state_saved_at_the_same_batch_before_or_after_our_turn_is_the_same():
     updates = Updates()
     fit(dense(), updates, hook, swa, hook, epochs=2)
     for before, after in zip(states[::2], states[1::2], strict=True):
-        assert before["updates"] == after["updates"]
+        assert before["n_updates"] == after["n_updates"]
         assert before["n_averaged"] == after["n_averaged"]
         same(before["average"], after["average"])
     averages(swa, updates.after)

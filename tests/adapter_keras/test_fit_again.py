@@ -165,7 +165,7 @@ def test_the_average_outlives_a_model_that_is_lost():
     model.armed = True
     with pytest.raises(KeyboardInterrupt):
         fit(model, swa, epochs=1)
-    assert swa.updates == swa.state_dict()["updates"] == STEPS
+    assert swa.updates == swa.state_dict()["n_updates"] == STEPS
     other = compiled(Breakable([keras.Input((4,)), keras.layers.Dense(1)]))
     resumed = SWA(swa.config)
     resumed.load_state_dict(swa.state_dict())

@@ -109,5 +109,5 @@ def test_killed_at_random_moments_it_ends_as_the_uninterrupted_run(server, tmp_p
     assert server.wait() == 0, (killed / "output.txt").read_text()
 
     assert (killed / "output.txt").read_text() == (whole / "output.txt").read_text()
-    assert '"updates": 56' in (whole / "output.txt").read_text()
+    assert '"n_updates": 56' in (whole / "output.txt").read_text()
     assert not (killed / "backup").exists()

@@ -169,7 +169,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(at, ours_first):
     model.fit(x, y, batch_size=6, shuffle=False, verbose=0, callbacks=[swa])
     same(weights(model), weights(reference))
     same(swa.averaged_weights, whole.averaged_weights)
-    assert (swa.n_averaged, swa.state_dict()["updates"]) == (4, 16)
+    assert (swa.n_averaged, swa.state_dict()["n_updates"]) == (4, 16)
 
 
 def test_a_resumed_fit_with_initial_epoch():

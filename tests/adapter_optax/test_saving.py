@@ -112,8 +112,8 @@ def test_the_dictionary_is_plain_and_the_cores():
     _, state = step(params_like(), init(params_like()), inputs()[0])
     saved = state_to_dict(state, schedule=config().schedule(), rule=EMA(0.9))
     assert saved["version"] == 1
-    assert {name: type(saved[name]) for name in ("updates", "n_averaged", "total")} == {
-        "updates": int,
+    assert {name: type(saved[name]) for name in ("n_updates", "n_averaged", "total")} == {
+        "n_updates": int,
         "n_averaged": int,
         "total": float,
     }
@@ -138,10 +138,10 @@ def test_any_nesting_and_any_pytree():
     tx = optax.MultiSteps(optax.chain(optax.sgd(0.1), swa(config())), 2)
     params = optax.chain(optax.sgd(0.1, momentum=0.9)).init({"w": jnp.ones(2)})  # NamedTuples
     state = tx.init(params)
-    saved = state_to_dict(state) | {"updates": 5, "n_averaged": 1, "total": 1.0}
+    saved = state_to_dict(state) | {"n_updates": 5, "n_averaged": 1, "total": 1.0}
     loaded = state_from_dict(saved, state)
     assert jax.tree.structure(loaded) == jax.tree.structure(state)
-    assert int(optax.tree.get(loaded, "updates")) == 5
+    assert int(optax.tree.get(loaded, "n_updates")) == 5
     assert [leaf.dtype for leaf in jax.tree.leaves(loaded)] == [
         leaf.dtype for leaf in jax.tree.leaves(state)
     ]

@@ -275,7 +275,7 @@ def test_counters_stay_at_their_end():
     tx, last = swa(config(1, 1)), 2**31 - 1
     params = {"w": jnp.ones(2)}
     state = tx.init(params)._replace(
-        updates=jnp.int32(last - 1), n_averaged=jnp.int32(last - 1), n_skipped=jnp.int32(last)
+        n_updates=jnp.int32(last - 1), n_averaged=jnp.int32(last - 1), n_skipped=jnp.int32(last)
     )
     for _ in range(3):
         _, state = jax.jit(tx.update)({"w": jnp.zeros(2)}, state, params)
@@ -287,7 +287,7 @@ def test_counters_stay_at_their_end():
 def test_the_state_is_the_cores_and_its_fields_are_frozen():
     state = swa(config()).init({"w": jnp.ones(2)})
     assert type(state) is SWAState
-    assert SWAState._fields == ("updates", "n_averaged", "n_skipped", "total", "average")
+    assert SWAState._fields == ("n_updates", "n_averaged", "n_skipped", "total", "average")
     dtypes = [leaf.dtype for leaf in state[:4]]
     assert dtypes == [np.int32, np.int32, np.int32, np.float32]
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))

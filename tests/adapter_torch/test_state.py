@@ -175,8 +175,8 @@ def test_nothing_of_ours_stands_where_the_inner_optimizer_has_nothing():
     assert not state["swa"]["averages"]
     assert not any("swa_average" in entry for entry in optimizer.state.values())
     # What is counted are plain numbers, which no device has to be asked for.
-    assert state["swa"]["updates"] == 1
-    assert all(type(state["swa"][key]) is int for key in ("updates", "n_averaged", "n_skipped"))
+    assert state["swa"]["n_updates"] == 1
+    assert all(type(state["swa"][key]) is int for key in ("n_updates", "n_averaged", "n_skipped"))
 
 
 def test_groups_that_joined_later_and_frozen_parameters_are_resumed():

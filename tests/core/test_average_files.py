@@ -39,7 +39,7 @@ AVERAGE = {
     "phases": np.array([1 + 2j, -3j], np.complex128),
     "narrow": np.array([1 - 1j], np.complex64),
 }
-STATE = SWAState(updates=21, n_averaged=3, n_skipped=1, total=2.71, average=AVERAGE)
+STATE = SWAState(n_updates=21, n_averaged=3, n_skipped=1, total=2.71, average=AVERAGE)
 
 
 def saved(tmp_path, **more):

@@ -274,7 +274,7 @@ def test_a_nonfinite_snapshot_is_left_out_and_counted(bad, dtype):
     state = run([{"a": np.ones(2, dtype), "b": np.ones(2)}] * 3)
     spoilt = {"a": np.array([1, bad]).astype(dtype), "b": np.full(2, 9.0)}
     after = update(state, spoilt, ALWAYS, Uniform())
-    assert after == state._replace(updates=3, n_skipped=1)
+    assert after == state._replace(n_updates=3, n_skipped=1)
     following = update(after, {"a": np.full(2, 4, dtype), "b": np.full(2, 4.0)}, ALWAYS, Uniform())
     assert following.average["b"].tolist() == [2, 2]  # the mean of 1, 1 and 4
     assert (following.n_averaged, following.n_skipped) == (3, 1)

@@ -106,7 +106,7 @@ def test_an_npz_file_keeps_it_all(saved):
 
 def test_counters_may_come_back_as_arrays(saved):
     # What npz, orbax or torch make of numbers.
-    for name in ("version", "updates", "n_averaged", "n_skipped"):
+    for name in ("version", "n_updates", "n_averaged", "n_skipped"):
         saved[name] = np.array(saved[name])
     saved["total"] = np.float64(saved["total"])
     saved["schedule"] = tuple(saved["schedule"])
@@ -126,7 +126,7 @@ def test_the_header_is_json_and_reads_back(state, schedule, rule):
 
 def test_the_header_holds_the_counters(state):
     assert read_header(header(state)) == {
-        "updates": 7, "n_averaged": 2, "n_skipped": 1, "total": state.total
+        "n_updates": 7, "n_averaged": 2, "n_skipped": 1, "total": state.total
     }  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_something_else_is_refused(saved):
     refused(StateError, "this is no saved average: it has no version.", saved)
 
 
-@pytest.mark.parametrize("name", ["updates", "n_averaged", "n_skipped", "total", "average"])
+@pytest.mark.parametrize("name", ["n_updates", "n_averaged", "n_skipped", "total", "average"])
 def test_a_truncated_state_is_refused(saved, name):
     del saved[name]
     what = "its arrays are" if name == "average" else name
@@ -165,8 +165,8 @@ def test_a_truncated_state_is_refused(saved, name):
 
 
 def test_all_that_is_missing_is_named(saved):
-    del saved["updates"], saved["total"]
-    refused(StateError, "truncated: updates, total missing.", saved)
+    del saved["n_updates"], saved["total"]
+    refused(StateError, "truncated: n_updates, total missing.", saved)
 
 
 def test_a_truncated_average_is_refused_with_the_path(saved):
@@ -180,7 +180,7 @@ def test_a_newer_version_is_refused(saved):
     refused(StateError, message, saved | {"version": 2})
 
 
-@pytest.mark.parametrize("name", ["version", "updates", "n_averaged", "n_skipped"])
+@pytest.mark.parametrize("name", ["version", "n_updates", "n_averaged", "n_skipped"])
 @pytest.mark.parametrize("bad", [-1, 2.0, "2", None, True, [2], np.array([1, 2]), np.nan])
 def test_a_damaged_counter_is_refused(saved, name, bad):
     refused(StateError, f"the saved average is damaged: {name} is {bad!r}", saved | {name: bad})
@@ -257,7 +257,7 @@ def test_other_weights_are_refused_with_the_path(saved):
 
 
 names = st.sampled_from(
-    ["version", "updates", "n_averaged", "n_skipped", "total", "schedule", "rule"]
+    ["version", "n_updates", "n_averaged", "n_skipped", "total", "schedule", "rule"]
 )
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
 junk = st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))

@@ -101,7 +101,7 @@ class AliasesTheWeights(CoreDriver):
             if name in self.live and leaf.shape == self.live[name].shape and leaf.ndim:
                 leaf[...] = self.live[name]
                 self.live[name] = leaf
-        if self.state.n_averaged == 1 and self.state.updates % 2 == 0:
+        if self.state.n_averaged == 1 and self.state.n_updates % 2 == 0:
             alias = {
                 name: self.live[name] if leaf is not None and leaf.dtype == np.float32 else leaf
                 for name, leaf in self.state.average.items()
@@ -182,7 +182,7 @@ class LosesItsTotal(CoreDriver):
 class LosesItsClock(CoreDriver):
     def load(self, saved):
         super().load(saved)
-        self.state = self.state._replace(updates=2 * self.state.n_averaged)
+        self.state = self.state._replace(n_updates=2 * self.state.n_averaged)
 
 
 class SavesTheSwappedWeights(CoreDriver):
@@ -283,7 +283,7 @@ class CountsUpdatesWithNaN(CoreDriver):
 
     def train(self, weights):
         super().train(weights)
-        due = self.schedule.is_snapshot(self.state.updates)
+        due = self.schedule.is_snapshot(self.state.n_updates)
         finite = all(np.isfinite(leaf).all() for leaf in weights.values() if leaf.dtype.kind == "f")
         if not due and not finite:
             self.state = self.state._replace(n_skipped=self.state.n_skipped + 1)

@@ -91,7 +91,7 @@ def test_what_is_kept_is_plain(name):
     found = get_optimizer_state_dict(model, optimizer)
     assert {*found} == {"state", "param_groups"}
     kept = json.loads(found["param_groups"][0]["swa"])
-    assert (kept["updates"], kept["n_averaged"], kept["version"]) == (6, 2, 1)
+    assert (kept["n_updates"], kept["n_averaged"], kept["version"]) == (6, 2, 1)
     with_state = {name for name, entry in found["state"].items() if "swa_average" in entry}
     elsewhere = found["param_groups"][0].get("swa_averages", {})
     assert len(with_state) == len(inner["state"])
