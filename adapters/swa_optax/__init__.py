@@ -1,15 +1,19 @@
 """Weight averaging (SWA, EMA) for JAX: a gradient transformation for the end of an optax chain."""
 
+from swa_optax.accumulating import accumulate, init
 from swa_optax.batch_norm import update_bn
 from swa_optax.files import load_average, save_average
 from swa_optax.learning_rate import swa_lr
 from swa_optax.reading import averaged_params, finalize, n_averaged, n_skipped
 from swa_optax.saving import state_from_dict, state_to_dict
 from swa_optax.transform import swa
+from swa_optax.wrapping import wrap
 
 __all__ = [
+    "accumulate",
     "averaged_params",
     "finalize",
+    "init",
     "load_average",
     "n_averaged",
     "n_skipped",
@@ -19,4 +23,5 @@ __all__ = [
     "swa",
     "swa_lr",
     "update_bn",
+    "wrap",
 ]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from swa_core import NothingAveragedError, StateError, StructureError, SWAState, SWAWarning
+from swa_optax.memory import to_device
 from swa_optax.paths import Path, Tree, averaged_leaves, leaves
 
 # Whether reading before the first snapshot has warned since the last ``init``: an evaluation in
@@ -234,7 +235,8 @@ def _merged(average: dict[Path, Any], params: Tree, any_yet: jax.Array | None = 
     def read(path: Any, leaf: Any) -> Any:
         if path not in average:
             return leaf
-        mean = jnp.array(average[path], dtype=jnp.result_type(leaf), copy=True)
+        held = to_device(average[path])
+        mean = jnp.array(held, dtype=jnp.result_type(leaf), copy=True)
         return mean if any_yet is None else jnp.where(any_yet, mean, leaf)
 
     return jax.tree_util.tree_map_with_path(read, params)

@@ -1,0 +1,124 @@
+"""Averaging without a transformation, for whoever keeps a training state of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from swa_core import Rule, SWAConfig, SWAState, Uniform
+from swa_optax import reading
+from swa_optax.counting import counter, increment
+from swa_optax.matching import parameters_now
+from swa_optax.memory import MemoryKind, check_memory_kind, to_host
+from swa_optax.mixing import Leaves, all_finite, mixed, total_after
+from swa_optax.paths import Tree, average_dtype, is_averaged
+
+
+def init(params: Tree, *, memory_kind: MemoryKind | None = None) -> SWAState:
+    """The state before the first update. Copies: the average shares no memory with ``params``.
+
+    Args:
+      params: the parameters, or ``jax.ShapeDtypeStruct`` in their places (the average is then
+        zeros of their shapes). Every leaf keeps its ``NamedSharding``, under jit too.
+      memory_kind: "pinned_host" keeps the average in the memory of the host; by default it lies
+        with the parameters.
+
+    Returns:
+      As ``swa``'s.
+
+    Raises:
+      ValueError: another memory.
+
+    >>> init({"w": jnp.ones(2, jnp.bfloat16), "steps": 3}).average
+    {'steps': None, 'w': Array([1., 1.], dtype=float32)}
+    """
+    check_memory_kind(memory_kind)
+    reading.expect_a_first_snapshot()
+
+    def copy(leaf: Any) -> jax.Array | None:
+        if not is_averaged(leaf):
+            return None
+        if isinstance(leaf, jax.ShapeDtypeStruct):  # as optax' own transformations do it
+            return jnp.zeros_like(leaf, dtype=average_dtype(leaf))
+        # astype would return the very buffer of a parameter of this dtype; donating both would
+        # fail.
+        array = jnp.array(leaf, dtype=average_dtype(leaf), copy=True)
+        return array if memory_kind is None else to_host(array)
+
+    return SWAState(
+        n_updates=counter(),
+        n_averaged=counter(),
+        n_skipped=counter(),
+        total=jnp.zeros((), jnp.float32),
+        average=jax.tree.map(copy, params),
+    )
+
+
+def accumulate(
+    state: SWAState,
+    params: Tree,
+    *,
+    rule: Rule | str | Mapping[str, Any] = Uniform(),  # noqa: B008, it is frozen
+    nonfinite: Literal["skip", "keep"] = "skip",
+) -> SWAState:
+    """The state with one more snapshot in it: that of ``params``, whenever you call it.
+
+    For loops with a train state of their own, which know when a snapshot is due. Compiled once
+    for parameters of one kind; ``state`` is donated: use what is returned.
+
+    Args:
+      state: of ``init(params)``, or of an earlier call.
+      params: the parameters, of the structure that ``init`` was given; they are only read.
+      rule: how much each snapshot weighs, as in the configuration: a ``Rule``, "uniform", or
+        ``{"name": "ema", "decay": 0.999}``. The same at every call.
+      nonfinite: "skip" leaves out a snapshot with NaN or Inf and counts it, which reads ``params``
+        once more; "keep" does not look.
+
+    Returns:
+      The new state, with ``n_updates`` counting the calls; ``averaged_params``, ``finalize`` and
+      what saves a state take it as they take an optimizer's.
+
+    Raises:
+      StructureError: other parameters than ``init`` was given.
+      ConfigError: no such rule.
+      ValueError: no such ``nonfinite``.
+
+    >>> state = init({"w": jnp.zeros(1)})
+    >>> for value in (1.0, 2.0, 6.0):
+    ...     state = accumulate(state, {"w": jnp.array([value])})
+    >>> reading.averaged_params(state, {"w": jnp.array([6.0])})
+    {'w': Array([3.], dtype=float32)}
+    """
+    if isinstance(rule, str | Mapping):
+        rule = SWAConfig.from_dict({"rule": rule}).rule
+    if nonfinite not in ("skip", "keep"):
+        raise ValueError(f'nonfinite must be "skip" or "keep", got {nonfinite!r}')
+    state = reading.find_state(state)
+    held = jax.tree.structure(state.average)
+    counters, old = state._replace(average=None), jax.tree.leaves(state.average)
+    counters, average = _joined(counters, old, parameters_now(state, params), rule, nonfinite)
+    return counters._replace(average=jax.tree.unflatten(held, average))
+
+
+@partial(jax.jit, donate_argnums=(0, 1), static_argnums=(3, 4))
+def _joined(
+    state: SWAState, old: Leaves, new: Leaves, rule: Rule, nonfinite: str
+) -> tuple[SWAState, Leaves]:
+    n = increment(state.n_averaged)
+    average, total = mixed(rule, old, new, n), total_after(rule, n)
+    count = state._replace(n_updates=increment(state.n_updates))
+    if nonfinite == "keep":
+        return count._replace(n_averaged=n, total=total), average
+    taken = all_finite(new)
+    return (
+        count._replace(
+            n_averaged=jnp.where(taken, n, state.n_averaged),
+            n_skipped=jnp.where(taken, state.n_skipped, increment(state.n_skipped)),
+            total=jnp.where(taken, total, state.total),
+        ),
+        [jnp.where(taken, mix, leaf) for mix, leaf in zip(average, old, strict=True)],
+    )

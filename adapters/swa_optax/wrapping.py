@@ -1,0 +1,127 @@
+"""An optimizer and the average of the parameters it trains, as one transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from swa_core import SWAState
+from swa_optax import accumulating
+from swa_optax.memory import MemoryKind, check_memory_kind
+from swa_optax.paths import Tree
+from swa_optax.resolving import Config, resolve
+from swa_optax.transform import advancing
+
+
+def wrap(
+    inner: optax.GradientTransformation | optax.MultiSteps,
+    config: Config,
+    *,
+    steps_per_epoch: int | None = None,
+    total_steps: int | None = None,
+    memory_kind: MemoryKind | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer ``inner`` with an average of the parameters that its updates lead to.
+
+    As ``optax.chain(inner, swa(config, ...))``, whose state it has, but for the order, which
+    cannot be wrong: where ``inner`` is ``MultiSteps`` or ``apply_if_finite``, or a chain with one
+    of them in it, an update counts when it is made, not at every micro-step. (Inside of a
+    partition or a mask they decide about a part of the parameters alone, and every call counts.)
+    What comes behind the wrapper in a chain of its own is refused where the average is read.
+
+    Args:
+      inner: the whole optimizer.
+      config: as for ``swa``.
+      steps_per_epoch: updates per epoch, where the configuration counts epochs; with
+        ``MultiSteps``, batches divided by its ``every_k_schedule``.
+      total_steps: updates in all, where it has a share of the training.
+      memory_kind: as for ``swa``.
+
+    Returns:
+      A transformation; its state is the pair of the state of ``inner`` and a ``SWAState``.
+
+    Raises:
+      ConfigError: faults in the configuration; a length is missing, or traced.
+      TypeError: ``inner`` is no optimizer.
+      ValueError: another ``memory_kind``.
+
+    >>> tx = wrap(optax.MultiSteps(optax.sgd(1.0), 2), {"start": "1step", "every": "1step"})
+    >>> params = {"w": jnp.zeros(1)}
+    >>> state = tx.init(params)
+    >>> for _ in range(6):
+    ...     updates, state = tx.update({"w": -jnp.ones(1)}, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> params["w"], state[1].average["w"], int(state[1].n_updates)
+    (Array([3.], dtype=float32), Array([2.], dtype=float32), 3)
+    """
+    if isinstance(inner, optax.MultiSteps):
+        inner = inner.gradient_transformation()
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"inner must be an optax optimizer, got {type(inner).__name__}; with an optimizer and "
+            "a configuration it is wrap(optimizer, config)"
+        )
+    config, schedule = resolve(config, steps_per_epoch, total_steps)
+    check_memory_kind(memory_kind)
+    advance = advancing(config, schedule)
+    optimizer = optax.with_extra_args_support(inner)
+
+    def init(params: Tree) -> tuple[Tree, SWAState]:
+        return optimizer.init(params), accumulating.init(params, memory_kind=memory_kind)
+
+    def update(
+        updates: Tree, state: tuple[Tree, SWAState], params: Tree = None, **extra_args: Any
+    ) -> tuple[Tree, tuple[Tree, SWAState]]:
+        before, average = state
+        updates, after = optimizer.update(updates, before, params, **extra_args)
+        made = _made(before, after, updates)
+        return updates, (after, advance(updates, average, params, made))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _made(before: Tree, after: Tree, updates: Tree) -> jax.Array | None:
+    """Whether all that decides about the whole update has let it pass; None if nothing decides."""
+    made = None
+    for old, new in _gates(before, after):
+        if isinstance(new, optax.MultiStepsState):
+            passed = new.gradient_step != old.gradient_step
+        else:
+            # Bad updates pass after too many in a row, and are no zeros then.
+            passed = lax.cond(new.last_finite, _yes, _any_change, updates)
+        made = passed if made is None else made & passed
+    return made
+
+
+def _gates(before: Tree, after: Tree) -> Iterator[tuple[Any, Any]]:
+    """The states before and after of whatever decides whether the whole update is made."""
+    if type(after) is tuple:  # of a chain
+        for old, new in zip(before, after, strict=True):
+            yield from _gates(old, new)
+    elif isinstance(after, dict):  # of a named chain
+        for name, new in after.items():
+            yield from _gates(before[name], new)
+    elif isinstance(after, optax.MultiStepsState):
+        yield before, after
+        yield from _gates(before.inner_opt_state, after.inner_opt_state)
+    elif isinstance(after, optax.ApplyIfFiniteState):
+        yield before, after
+        yield from _gates(before.inner_state, after.inner_state)
+    elif isinstance(after, optax.InjectHyperparamsState | optax.InjectStatefulHyperparamsState):
+        yield from _gates(before.inner_state, after.inner_state)
+
+
+def _yes(updates: Tree) -> jax.Array:
+    return jnp.array(True)
+
+
+def _any_change(updates: Tree) -> jax.Array:
+    changed = jnp.array(False)
+    for leaf in jax.tree.leaves(updates):
+        changed |= jnp.any(leaf != 0)
+    return changed
