@@ -7,7 +7,7 @@ import importlib
 from swa_core.testing import CoreDriver, parametrize_with_checks
 
 # Beside the one that is named after its adapter.
-MORE = {"keras": ["keras_optimizer"]}
+MORE = {"keras": ["keras_optimizer"], "optax": ["optax_wrap"]}
 
 
 def drivers_of(adapter):

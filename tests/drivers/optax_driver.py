@@ -25,11 +25,17 @@ class OptaxDriver:
     ):
         self.tied = dict(tied or {})  # in JAX one leaf, used twice
         self.frozen = frozenset(frozen)
-        self.tx, self.step = optimizer(config, steps_per_epoch, total_steps, self.frozen)
+        lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
+        self.tx, self.step = compiled(self.optimizer, config, self.frozen, **lengths)
         self.schedule = config.schedule(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
         self.rule, self.lent = config.rule, False
         self.params = self.without_aliases(weights)
         self.state = self.tx.init(self.params)
+
+    @staticmethod
+    def optimizer(config, frozen, **lengths):
+        tx = optax.chain(optax.sgd(1.0), swa_optax.swa(config, **lengths))
+        return freezing(tx, frozen) if frozen else tx
 
     def without_aliases(self, weights):
         return {name: jnp.array(leaf) for name, leaf in weights.items() if name not in self.tied}
@@ -88,14 +94,8 @@ class OptaxDriver:
 
 
 @functools.cache  # the many drivers of one check share a compiled step
-def optimizer(config, steps_per_epoch, total_steps, frozen):
-    lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
-    tx = optax.chain(optax.sgd(1.0), swa_optax.swa(config, **lengths))
-    if frozen:
-        tx = optax.partition(
-            {"trained": tx, "frozen": optax.set_to_zero()},
-            lambda params: {k: "frozen" if k in frozen else "trained" for k in params},
-        )
+def compiled(optimizer, config, frozen, **lengths):
+    tx = optimizer(config, frozen, **lengths)
 
     @jax.jit
     def step(params, grads, state):
@@ -103,6 +103,13 @@ def optimizer(config, steps_per_epoch, total_steps, frozen):
         return optax.apply_updates(params, updates), state
 
     return tx, step
+
+
+def freezing(tx, frozen):
+    return optax.partition(
+        {"trained": tx, "frozen": optax.set_to_zero()},
+        lambda params: {name: "frozen" if name in frozen else "trained" for name in params},
+    )
 
 
 def way_to(new, old):
