@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from swa_core import NothingAveragedError, StateError, StructureError, SWAState, SWAWarning
+from swa_optax.layouts import as_the_parameters
 from swa_optax.memory import to_device
 from swa_optax.paths import Path, Tree, averaged_leaves, leaves
 
@@ -56,23 +58,64 @@ def find_state(opt_state: Tree) -> SWAState:
 
 
 def _refuse_followed(opt_state: Tree, path: tuple[Any, ...]) -> None:
-    """Raises ``StateError`` if transformations come after the average in a chain.
+    """Raises ``StateError`` if something changes the updates behind the average.
 
-    They change the updates that the average was made with, so that it is one of weights that
-    never were. The transformation cannot know; the state of a chain, a plain tuple, tells.
+    It was made with updates that were not those of the training, and so is one of weights that
+    never were. The transformation cannot know; the states of chains and wrappers tell.
     """
     part, place = opt_state, "opt_state"
     for step in path:
-        if type(part) is tuple and step.idx < len(part) - 1:
+        last = _last(part)
+        if last is not None and step != last:
             raise StateError(
-                f"swa is not last in its chain: {place}[{step.idx}] holds the average, of "
+                f"swa is not last in its chain: {place}{step} holds the average, of "
                 f"{len(part)} parts, and what comes after it changes the updates that it averaged "
                 "with. The average is not one of weights that the training had.",
                 hint="make it optax.chain(..., swa(config)). If this tuple is no chain, pass the "
                 "optimizer state in it that holds the average.",
             )
+        kind = type(part).__name__, getattr(step, "name", None)
+        if kind in _REPLACES_UPDATES:
+            wrapper, right = _REPLACES_UPDATES[kind]
+            raise StateError(
+                f"swa is inside of {wrapper}: {place}{step} holds the average, and the wrapper "
+                "makes other updates out of those that it averaged with. The average is not one "
+                "of weights that the training had.",
+                hint=f"make it {right}.",
+            )
         place += str(step)
         part = _child(part, step)
+
+
+# Wrappers that do not pass on the updates of an inner optimizer, by their state and the field of
+# the inner one: what they are called, and the right order.
+_REPLACES_UPDATES = {
+    ("LookaheadState", "fast_state"): (
+        "optax.lookahead",
+        "optax.chain(optax.lookahead(...), swa(config))",
+    ),
+    ("MechanicState", "base_optimizer_state"): (
+        "optax.contrib.mechanize",
+        "optax.chain(optax.contrib.mechanize(...), swa(config))",
+    ),
+    ("SAMState", "adv_state"): (
+        "the adversarial optimizer of optax.contrib.sam",
+        "optax.contrib.sam(optax.chain(..., swa(config)), adv_optimizer)",
+    ),
+    ("ScheduleFreeState", "base_optimizer_state"): (
+        "optax.contrib.schedule_free",
+        "optax.chain(optax.contrib.schedule_free(...), swa(config))",
+    ),
+}
+
+
+def _last(part: Any) -> Any:
+    """The way to the last state of a chain, or None if ``part`` is that of no chain."""
+    if type(part) is tuple:
+        return jax.tree_util.SequenceKey(len(part) - 1)
+    if type(part) is OrderedDict:  # of a named_chain
+        return jax.tree_util.DictKey(next(reversed(part)))
+    return None
 
 
 def _child(part: Any, step: Any) -> Any:
@@ -212,7 +255,8 @@ def refuse_ensemble(state: SWAState) -> None:
 
 def _matched(state: SWAState, params: Tree) -> dict[Path, Any]:
     """The leaves of the average by path, if the parameters have them all."""
-    average, live = leaves(state.average), averaged_leaves(params)
+    average = as_the_parameters(leaves(state.average), params)
+    live = averaged_leaves(params)
     hint = "pass the parameters of this training, whole."
     for path, leaf in average.items():
         if path not in live:
