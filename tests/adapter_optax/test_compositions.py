@@ -1,274 +1,170 @@
-"""The transformation inside of optax' own combinators, by their real behaviour."""
+"""At the end of chains, under injected hyperparameters, and around lookahead."""
 
 from __future__ import annotations
 
-import inspect
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import optax.contrib
 import pytest
+from adapter_optax.training import (
+    EVERY,
+    assert_average,
+    assert_close,
+    gradients,
+    mean,
+    params_like,
+    same_bits,
+    train,
+    trained,
+)
+from optax.experimental import aggregating
 
-from swa_core import StateError, SWAConfig, SWAState
-from swa_optax import averaged_params, finalize, n_averaged, n_skipped, state_to_dict, swa
+from swa_core import StructureError, SWAConfig
+from swa_optax import averaged_params, n_averaged, swa
 
-EVERY = SWAConfig(start="1step", every="1step")
 pytestmark = pytest.mark.usefixtures("relaxed_jax")
 
 
-def params_like():
-    return {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, "scale": jnp.array(2.0)}
-
-
-def gradients(n, params, seed=0):
-    rng = np.random.default_rng(seed)
-    for _ in range(n):
-        yield jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), "f4"), params)
-
-
-def train(tx, grads, params, **extra):
-    """Trains, and returns the parameters, the state and all the parameters that came about."""
-
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state
-
-    state, visited = tx.init(params), []
-    for gradient in grads:
-        params, state = step(params, state, gradient)
-        visited.append(params)
-    return params, state, visited
-
-
-def assert_average(state, params, visited):
-    expected = jax.tree.map(lambda *leaves: np.mean(np.float64(leaves), axis=0), *visited)
-    got = averaged_params(state, params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6), got, expected)
-
-
-def test_last_in_a_chain():
-    tx = optax.chain(optax.clip(1.0), optax.adam(0.1), swa(EVERY))
-    params, state, visited = train(tx, gradients(8, params_like()), params_like())
-    assert_average(state, params, visited)
-
-
-def test_elsewhere_in_a_chain_the_average_is_refused_when_read():
-    # It would be one of weights that never were. The transformation cannot see what follows it,
-    # but the state of the chain tells; the training is not changed.
-    inner = optax.chain(optax.sgd(0.1), swa(EVERY))
-    for wrong, place in (
-        (optax.chain(swa(EVERY), optax.sgd(0.1)), "opt_state[0]"),
-        (optax.chain(optax.scale_by_adam(), swa(EVERY), optax.scale(-0.1)), "opt_state[1]"),
-        (optax.chain(inner, optax.keep_params_nonnegative()), "opt_state[0]"),
-        (
-            optax.MultiSteps(optax.chain(swa(EVERY), optax.sgd(0.1)), 2),
-            "opt_state.inner_opt_state[0]",
+CHAINS = {
+    "last in a chain": lambda: optax.chain(optax.clip(1.0), optax.adam(0.1), swa(EVERY)),
+    "alone in a chain": lambda: optax.chain(optax.sgd(0.1), optax.chain(swa(EVERY))),
+    "at the ends of chains": lambda: optax.chain(
+        optax.identity(),
+        optax.masked(
+            optax.chain(optax.clip(1.0), optax.chain(optax.scale(-0.1), swa(EVERY))), True
         ),
-    ):
-        params, state, _ = train(wrong, gradients(4, params_like()), params_like())
-        for read in (
-            averaged_params,
-            finalize,
-            jax.jit(averaged_params),
-            lambda state, params: n_averaged(state),
-            lambda state, params: state_to_dict(state),
-        ):
-            with pytest.raises(StateError, match="swa is not last in its chain") as error:
-                read(state, params)
-            assert place in str(error.value)
-            assert "Hint: make it optax.chain(..., swa(config))" in str(error.value)
-
-
-def test_nested_at_the_ends_of_chains_it_is_last():
-    inner = optax.chain(optax.clip(1.0), optax.chain(optax.scale(-0.1), swa(EVERY)))
-    tx = optax.chain(optax.identity(), optax.masked(inner, True))
-    params, state, visited = train(tx, gradients(4, params_like()), params_like())
-    assert_average(state, params, visited)
-
-
-def test_multi_steps_counts_updates():
-    tx = optax.MultiSteps(optax.chain(optax.sgd(0.1), swa(EVERY)), 4)
-    params, state, visited = train(tx, gradients(12, params_like()), params_like())
-    assert n_averaged(state) == 3
-    assert int(optax.tree.get(state, "n_updates")) == 3
-    assert_average(state, params, visited[3::4])
-
-
-def test_outside_of_multi_steps_it_counts_micro_steps():
-    tx = optax.chain(optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation(), swa(EVERY))
-    _, state, _ = train(tx, gradients(12, params_like()), params_like())
-    assert n_averaged(state) == 12
-
-
-def bad_at(places, grads):
-    for place, gradient in enumerate(grads):
-        bad = place in places
-        yield jax.tree.map(lambda leaf, bad=bad: leaf * np.nan if bad else leaf, gradient)
-
-
-def test_apply_if_finite_counts_what_was_applied():
-    tx = optax.apply_if_finite(optax.chain(optax.adam(0.1), swa(EVERY)), 5)
-    grads = bad_at({2, 3, 6}, gradients(8, params_like()))
-    params, state, visited = train(tx, grads, params_like())
-    assert (n_averaged(state), n_skipped(state)) == (5, 0)
-    assert_average(state, params, [visited[place] for place in (0, 1, 4, 5, 7)])
-
-
-def test_masked_leaves_are_read_from_the_live_parameters():
-    mask = {"dense": {"kernel": True, "bias": False}, "scale": True}
-    tx = optax.chain(optax.sgd(0.1), optax.masked(swa(EVERY), mask))
-    params, state, visited = train(tx, gradients(6, params_like()), params_like())
-    merged = averaged_params(state, params)
-    assert merged["dense"]["bias"] is params["dense"]["bias"]
-    merged["dense"]["bias"] = np.mean([v["dense"]["bias"] for v in visited], axis=0)
-    expected = jax.tree.map(lambda *leaves: np.mean(np.float64(leaves), axis=0), *visited)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6), merged, expected
-    )
-
-
-def test_a_mask_for_a_whole_branch():
-    tx = optax.chain(optax.sgd(0.1), optax.masked(swa(EVERY), {"dense": False, "scale": True}))
-    params, state, visited = train(tx, gradients(6, params_like()), params_like())
-    merged = averaged_params(state, params)
-    assert merged["dense"] == params["dense"]
-    np.testing.assert_allclose(merged["scale"], np.mean([v["scale"] for v in visited]), rtol=2e-6)
-
-
-def test_partition_with_frozen_parameters():
-    labels = {"dense": {"kernel": "trained", "bias": "frozen"}, "scale": "trained"}
-    tx = optax.partition(
-        {"trained": optax.chain(optax.adam(0.1), swa(EVERY)), "frozen": optax.set_to_zero()}, labels
-    )
-    params, state, visited = train(tx, gradients(6, params_like()), params_like())
-    assert_average(state, params, visited)
-    assert averaged_params(state, params)["dense"]["bias"] is params["dense"]["bias"]
-
-
-def test_after_a_partition():
-    labels = {"dense": {"kernel": "a", "bias": "b"}, "scale": "a"}
-    tx = optax.chain(
-        optax.partition({"a": optax.adam(0.1), "b": optax.sgd(0.1)}, labels), swa(EVERY)
-    )
-    params, state, visited = train(tx, gradients(6, params_like()), params_like())
-    assert_average(state, params, visited)
-
-
-@pytest.mark.parametrize("where", ["beside", "around"])
-def test_inject_hyperparams(where):
-    if where == "beside":
-        tx = optax.chain(optax.inject_hyperparams(optax.adam)(learning_rate=0.1), swa(EVERY))
-    else:
-
-        @optax.inject_hyperparams
-        def make(learning_rate):
-            return optax.chain(optax.adam(learning_rate), swa(EVERY))
-
-        tx = make(learning_rate=optax.linear_schedule(0.1, 0.0, 8))
-    params, state, visited = train(tx, gradients(6, params_like()), params_like())
-    assert_average(state, params, visited)
-
-
-def test_inject_hyperparams_with_lengths_named_static():
-    tx = optax.chain(
+    ),
+    # The names do not sort as the transformations do.
+    "named": lambda: optax.named_chain(("z", optax.adam(0.1)), ("a", swa(EVERY))),
+    "with what only looks": lambda: optax.chain(
         optax.sgd(0.1),
-        optax.inject_hyperparams(swa, static_args=("steps_per_epoch", "total_steps"))(
-            SWAConfig(start="1ep", every="1ep"), steps_per_epoch=3
-        ),
-    )
-    params, state, visited = train(tx, gradients(7, params_like()), params_like())
-    assert_average(state, params, visited[2::3])
-
-
-def test_lookahead_and_extra_arguments():
-    tx = optax.chain(
-        optax.adam(0.1),
-        optax.contrib.reduce_on_plateau(patience=2, accumulation_size=1),
+        optax.snapshot("norm", optax.tree.norm),
+        optax.with_extra_args_support(swa(EVERY)),
+    ),
+    "behind what changes updates": lambda: optax.chain(
+        optax.centralize(),
+        optax.add_noise(0.1, 0.5, key=0),
+        optax.zero_nans(),
+        optax.adaptive_grad_clip(0.1),
+        optax.sgd(0.1),
+        optax.keep_params_nonnegative(),
         swa(EVERY),
-    )
-    params, state, visited = train(
-        tx, gradients(6, params_like()), params_like(), value=jnp.array(1.0), anything=3
-    )
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHAINS)
+def test_in_chains(case):
+    params, state, visited = trained(CHAINS[case]())
     assert_average(state, params, visited)
 
 
-def test_inside_of_schedule_free_the_average_is_found():
-    tx = optax.contrib.schedule_free(optax.chain(optax.sgd(0.1), swa(EVERY)), learning_rate=0.1)
-    params, state, _ = train(tx, gradients(4, params_like()), params_like())
-    assert n_averaged(state) == 4
-    assert jax.tree.structure(averaged_params(state, params)) == jax.tree.structure(params)
-
-
-def test_tree_map_params_finds_the_average():
-    tx = optax.chain(optax.adam(0.1), swa(EVERY))
-    params = params_like()
-    state = tx.init(params)
-    doubled = optax.tree_map_params(tx, lambda leaf: 2 * leaf + 1, state)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a, 2 * b + 1), doubled[1].average, params
+def test_under_a_chain_of_per_example_gradients():
+    # The gradients have an axis more than the parameters, the updates at the end have not.
+    tx = aggregating.process(
+        optax.identity(),
+        aggregating.average_incrementally_updates(per_elt_axis=0, accumulation_steps=2),
+        optax.chain(optax.sgd(0.1), swa(EVERY)),
     )
-    assert int(doubled[1].updates) == 0
-    specs = jax.tree.map(lambda leaf: f"spec of rank {leaf.ndim}", params)
-    mapped = optax.tree_map_params(
-        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: None
-    )
-    assert mapped[1] == SWAState(None, None, None, None, specs)
+    start = params_like()
+    grads = gradients(6, jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), start))
+    params, state, visited = train(tx, grads, start)
+    assert n_averaged(state) == 3
+    assert_average(state, params, visited[1::2])
 
 
-def test_tree_map_params_beside_leaves_that_are_not_averaged():
-    tx = swa(EVERY)
-    params = {"w": jnp.ones(2), "steps": jnp.array(3)}
-    mapped = optax.tree_map_params(
-        tx,
-        lambda average, spec: None if average is None else spec,
-        tx.init(params),
-        {"w": "spec", "steps": "other"},
-        is_leaf=lambda leaf: leaf is None,
-    )
-    assert mapped.average == {"w": "spec", "steps": None}
+def test_inject_hyperparams_beside():
+    tx = optax.chain(optax.inject_hyperparams(optax.adam)(learning_rate=0.1), swa(EVERY))
+    params, state, visited = trained(tx)
+    assert_average(state, params, visited)
 
 
-def test_tree_map_params_through_a_mask():
-    mask = {"dense": {"kernel": True, "bias": False}, "scale": True}
-    tx = optax.chain(optax.adam(0.1), optax.masked(swa(EVERY), mask))
-    state = tx.init(params_like())
-    mapped = optax.tree_map_params(tx, lambda leaf: leaf + 1, state)
-    np.testing.assert_array_equal(optax.tree.get(mapped, "average")["dense"]["kernel"], 2)
+def test_inject_hyperparams_around():
+    @optax.inject_hyperparams
+    def make(learning_rate):
+        return optax.chain(optax.adam(learning_rate), swa(EVERY))
+
+    params, state, visited = trained(make(learning_rate=optax.linear_schedule(0.1, 0.0, 8)))
+    assert_average(state, params, visited)
+    # Both make the transformation anew in every update: nothing is kept outside of the state.
+    assert float(state.hyperparams["learning_rate"]) == pytest.approx(0.1 * 5 / 8)
 
 
-def test_tree_get_is_never_ambiguous():
-    tx = optax.MultiSteps(
-        optax.chain(
-            optax.inject_hyperparams(optax.adamw)(learning_rate=0.1),
-            optax.apply_if_finite(optax.ema(0.9), 3),
-            optax.scale_by_schedule(optax.constant_schedule(1.0)),
-            swa(EVERY),
+def test_inject_hyperparams_around_swa_itself():
+    # A configuration is no number, so it stays what it is; lengths have to be named static.
+    settings = SWAConfig(start="1ep", every="1ep")
+    injected = optax.inject_hyperparams(swa, static_args=("steps_per_epoch", "total_steps"))
+    tx = optax.chain(optax.sgd(0.1), injected(settings, steps_per_epoch=3))
+    params, state, visited = trained(tx, 7)
+    assert_average(state, params, visited[2::3])
+    plain = optax.chain(optax.sgd(0.1), swa(settings, steps_per_epoch=3))
+    _, expected, _ = trained(plain, 7)
+    same_bits(state[1].inner_state, expected[1])
+
+
+def look(params):
+    return optax.LookaheadParams.init_synced(params)
+
+
+def test_behind_lookahead_fast_and_slow_are_averaged():
+    # As it is with any pair of trees: what one evaluates with, slow, has its average in it.
+    optimizer = optax.lookahead(optax.adam(0.1), sync_period=2, slow_step_size=0.5)
+    ends = []
+    for tx in (optimizer, optax.chain(optimizer, swa(EVERY))):
+        params, state, visited = train(tx, gradients(6, params_like()), look(params_like()))
+        ends.append(params)
+    same_bits(*ends)
+    assert_average(state, params, visited)
+    got = averaged_params(state, params)
+    assert isinstance(got, optax.LookaheadParams)
+    assert_close(got.slow, mean([pair.slow for pair in visited]))
+    with pytest.raises(StructureError, match="no floating-point leaf 'fast/dense/bias'"):
+        averaged_params(state, params.slow)
+
+
+def test_behind_lookahead_slow_parameters_alone():
+    # Those change once in sync_period updates; a mask leaves the fast ones out.
+    tx = optax.chain(
+        optax.lookahead(optax.sgd(0.1), sync_period=2, slow_step_size=0.5),
+        optax.masked(
+            swa({"start": "2step", "every": "2step"}), optax.LookaheadParams(fast=False, slow=True)
         ),
-        2,
     )
-    state = tx.init(params_like())
-    for field in SWAState._fields:
-        value = optax.tree.get(state, field)
-        ours = getattr(optax.tree.get(state, "SWAState"), field)
-        assert jax.tree.structure(value) == jax.tree.structure(ours)
-    with pytest.raises(KeyError):
-        optax.tree.get(state, "count")  # the trouble that own names avoid
-    assert int(optax.tree.get(optax.tree.set(state, n_averaged=jnp.int32(5)), "n_averaged")) == 5
+    params, state, visited = train(tx, gradients(6, params_like()), look(params_like()))
+    got = averaged_params(state, params)
+    assert n_averaged(state) == 3
+    assert_close(got.slow, mean([pair.slow for pair in visited[1::2]]))
+    assert got.fast["dense"]["bias"] is params.fast["dense"]["bias"]
 
 
-def test_no_state_of_optax_has_a_field_of_ours():
-    taken = {
-        (field, kind.__name__)
-        for module in (optax, optax.contrib)
-        for _, kind in inspect.getmembers(module, inspect.isclass)
-        for field in getattr(kind, "_fields", ())
-    }
-    assert len(taken) > 60
-    assert not {(field, kind) for field, kind in taken if field in SWAState._fields}
-    # L-BFGS has one that reads the same in words.
-    state = optax.chain(optax.scale_by_lbfgs(), swa(EVERY)).init(params_like())
-    assert int(optax.tree.get(state, "n_updates")) == 0
-    assert optax.tree.get(state, "updates").keys() == params_like().keys()
+def test_extra_arguments_reach_the_others_and_any_are_taken():
+    seen = []
+
+    def watch(updates, state, params=None, *, value, batch, **others):
+        seen.append((value, batch.shape, sorted(others)))
+        return updates, state
+
+    watching = optax.GradientTransformationExtraArgs(optax.init_empty_state, watch)
+    tx = optax.chain(optax.sgd(0.1), watching, swa(EVERY), watching)
+    trained(tx, 1, value=1.5, batch=jnp.ones((2, 2)), anything=None)
+    assert seen == [(1.5, (2, 2), ["anything"])] * 2
+
+
+def test_it_is_a_transformation_with_extra_arguments():
+    tx = swa(EVERY)
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    assert optax.with_extra_args_support(tx) is tx
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "around"),
+    [
+        (optax.sgd(0.1, momentum=0.9, nesterov=True), lambda tx: optax.MultiSteps(tx, 2)),
+        (optax.adamw(0.1), lambda tx: optax.apply_if_finite(tx, 2)),
+    ],
+    ids=["MultiSteps", "apply_if_finite"],
+)
+def test_composed_it_changes_no_bit_of_the_training(optimizer, around):
+    plain, averaging = around(optimizer), around(optax.chain(optimizer, swa(EVERY)))
+    same_bits(trained(averaging)[2], trained(plain)[2])
