@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from swa_core import Rule, SWAConfig, SWAState, Uniform
 from swa_optax import reading
 from swa_optax.counting import counter, increment
+from swa_optax.finite import all_finite
 from swa_optax.matching import parameters_now
 from swa_optax.memory import MemoryKind, check_memory_kind, to_host
-from swa_optax.mixing import Leaves, all_finite, mixed, total_after
+from swa_optax.mixing import Leaves, mixed, total_after
 from swa_optax.paths import Tree, average_dtype, is_averaged
 
 

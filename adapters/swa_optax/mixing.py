@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from swa_core import Rule
 from swa_optax.memory import on_host, to_device, to_host
-from swa_optax.paths import average_dtype
 
 Leaves = list[jax.Array]
 
@@ -45,20 +44,3 @@ def mixing_weight(rule: Rule, n: jax.Array, dtype: Any) -> jax.Array:
 def total_after(rule: Rule, n: jax.Array) -> jax.Array:
     """The sum of the weights of n snapshots relative to the newest, float32."""
     return 1.0 / mixing_weight(rule, n, jnp.float32)
-
-
-def all_finite(new: Leaves) -> jax.Array:
-    """Whether the leaves hold neither NaN nor Inf; one pass over them."""
-    finite = jnp.array(True)
-    for leaf in new:
-        for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
-            # The maximum of NaN is NaN, and it is found in one pass; all(isfinite(...)) writes
-            # its booleans to memory and takes twice as long.
-            size = jnp.abs(part.astype(average_dtype(part)))
-            finite &= jnp.isfinite(jnp.max(size, initial=0))
-    return finite
-
-
-def not_read(new: Leaves) -> jax.Array:
-    """The answer of ``all_finite`` where nobody asks."""
-    return jnp.array(False)

@@ -14,9 +14,10 @@ from jax import lax
 from swa_core import Schedule, SWAConfig, SWAState
 from swa_optax import accumulating
 from swa_optax.counting import increment
+from swa_optax.finite import all_finite, not_read
 from swa_optax.matching import parameters_after
 from swa_optax.memory import MemoryKind, check_memory_kind
-from swa_optax.mixing import all_finite, kept, mixed, not_read, total_after
+from swa_optax.mixing import kept, mixed, total_after
 from swa_optax.paths import Tree
 from swa_optax.resolving import Config, resolve
 
