@@ -45,14 +45,14 @@ def _sharding(average: jax.Array) -> jax.sharding.Sharding | None:
 
 
 @jax.jit
-def _finite_sums(values: list[jax.Array]) -> jax.Array:
+def finite_sums(values: list[jax.Array]) -> jax.Array:
     # Of all reductions the sum alone runs at the speed of memory.
     wide_ = [value.astype(jnp.promote_types(value.dtype, jnp.float32)) for value in values]
     return jnp.isfinite(jnp.stack([value.sum(dtype=jnp.float32) for value in wide_])).all()
 
 
 @jax.jit
-def _all_finite(values: list[jax.Array]) -> jax.Array:
+def each_finite(values: list[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.isfinite(value).all() for value in values]).all()
 
 
@@ -71,7 +71,7 @@ class _JaxBackend:
     def all_finite(self, variables: Sequence[Variable]) -> bool:
         values = [v.value for v in variables]
         # A sum is NaN or infinite if an element is; one that only overflows is looked at again.
-        return bool(_finite_sums(values)) or bool(_all_finite(values))
+        return bool(finite_sums(values)) or bool(each_finite(values))
 
     def copy_state(self, variables: Sequence[Variable]) -> list[jax.Array]:
         return [jnp.array(v.value, copy=True) for v in variables]

@@ -12,6 +12,7 @@ from jax import lax
 
 from swa_core.rules import Rule
 from swa_keras.backend import Variable
+from swa_keras.backend_jax import each_finite, finite_sums
 from swa_keras.in_graph import LAST_UPDATE, Counters, Micro, Plan
 
 Values = list[jax.Array]
@@ -77,15 +78,14 @@ def _kept(old: Values, new: Values, n: jax.Array) -> Values:
     return old
 
 
-@jax.jit
 def _all_finite(new: Values) -> jax.Array:
-    finite = jnp.array(True)
-    for value in new:
-        # The maximum of NaN is NaN, and it is found in one pass; all(isfinite(...)) writes its
-        # booleans to memory and takes twice as long.
-        size = jnp.abs(value.astype(jnp.promote_types(value.dtype, jnp.float32)))
-        finite &= jnp.isfinite(jnp.max(size, initial=0))
-    return finite
+    # A sum is NaN or infinite if an element is; one that only overflows is looked at again. (XLA's
+    # maximum loses NaN on the CPU.)
+    return _cond(finite_sums(new), _true, each_finite, new)
+
+
+def _true(new: Values) -> jax.Array:
+    return jnp.array(True)
 
 
 def _not_read(new: Values) -> jax.Array:

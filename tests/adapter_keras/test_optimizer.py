@@ -282,6 +282,21 @@ def test_nonfinite_snapshots_are_left_out_unless_asked_for():
             assert np.isnan(optimizer.averaged_weights[0]).all()
 
 
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_one_bad_element_of_a_large_weight_is_found(bad):
+    # XLA's maximum loses NaN in arrays of 4096 elements and more, on the CPU.
+    variable = keras.Variable(np.ones((70, 90), np.float32))
+    optimizer = SWAOptimizer(keras.optimizers.SGD(1.0), SWAConfig(start="1step", every="1step"))
+    optimizer.build([variable])
+    value = np.ones((70, 90), np.float32)
+    value[3, 5] = bad
+    for weight, skipped in ((value, 1), (np.full_like(value, 3e38), 1)):
+        variable.assign(weight)
+        optimizer.apply([keras.ops.zeros((70, 90))], [variable])
+        assert optimizer.n_skipped == skipped
+    same([optimizer.averaged_weights[0]], [np.full_like(value, 3e38)])
+
+
 def test_nonfinite_snapshots_are_left_out_of_a_compiled_step():
     x = X.copy()
     x[12] = np.inf  # the third batch
