@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from swa_core import BatchNormError, SWAWarning
 from swa_optax.batches import Size, weighted
-from swa_optax.paths import Path, Tree, is_averaged, leaves, name
+from swa_optax.paths import Path, Tree, averaged_leaves, map_with_path
 from swa_optax.placing import placed_like
 from swa_optax.probing import Apply, Arrays, Probe
 
@@ -88,7 +87,7 @@ def update_bn(
                 f"the new statistics '{path}' hold NaN or Inf.",
                 hint="look for them in the data and in the averaged parameters.",
             )
-    return jax.tree_util.tree_map_with_path(
+    return map_with_path(
         lambda path, leaf: placed_like(new[path], leaf) if path in new else leaf, batch_stats
     )
 
@@ -116,14 +115,12 @@ _NOTHING = _Pooled(0.0, np.float64(0), np.float64(0))
 
 def _pairs(stats: Tree) -> list[tuple[Path, Path]]:
     """The paths of the means, each with that of its variance."""
-    found = {
-        tuple(map(name, path)): path for path, leaf in leaves(stats).items() if is_averaged(leaf)
-    }
+    found = averaged_leaves(stats)
     pairs = []
-    for names, mean in found.items():
-        for place in (place for place, step in enumerate(names) if step == "mean"):
-            var = found.get((*names[:place], "var", *names[place + 1 :]))
-            if var is not None:
+    for mean in found:
+        for place in (place for place, step in enumerate(mean) if step == "mean"):
+            var = Path((*mean[:place], "var", *mean[place + 1 :]))
+            if var in found:
                 pairs.append((mean, var))
                 break
     return pairs

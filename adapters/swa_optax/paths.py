@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from swa_core import StructureError
 from swa_core.trees import accumulator_dtype
+from swa_optax.variables import is_variable
 
 Tree = Any
 
@@ -16,7 +19,9 @@ Tree = Any
 class Path(tuple[Any, ...]):
     """The place of a leaf: a key for dictionaries that prints as ``dense/kernel``.
 
-    Printed paths may coincide (``{"a/b": 1, "a": {"b": 2}}``); the paths themselves do not.
+    It holds the bare names, so that a model of attributes and its parameters in a dictionary have
+    the same paths. Printed paths may coincide (``{"a/b": 1, "a": {"b": 2}}``); the paths themselves
+    do not.
 
     >>> [str(path) for path in leaves({"dense": {"bias": 1, "kernel": (2, 3)}})]
     ['dense/bias', 'dense/kernel/0', 'dense/kernel/1']
@@ -25,20 +30,55 @@ class Path(tuple[Any, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        return "/".join(map(name, self))
-
-
-def name(entry: Any) -> str:
-    """One step of a path as a person writes it."""
-    for kind in ("key", "name", "idx"):
-        if hasattr(entry, kind):
-            return str(getattr(entry, kind))
-    return str(entry)
+        return "/".join(map(str, self))
 
 
 def leaves(tree: Tree) -> dict[Path, Any]:
-    """The leaves of any pytree by path; None and ``MaskedNode`` hold none."""
-    return {Path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    """The leaves of any pytree by path, in order; None and ``MaskedNode`` hold none.
+
+    Raises:
+      StructureError: a container of one's own gives two of its children the same key.
+    """
+    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    places = _variables(tree) if found else set()
+    by_path: dict[Path, Any] = {}
+    for entries, leaf in found:
+        path = _path(entries, places)
+        if path in by_path:
+            raise StructureError(
+                f"two leaves have the path '{path}'.",
+                hint="a container registered with jax.tree_util must give each of its children a "
+                "key of its own.",
+            )
+        by_path[path] = leaf
+    return by_path
+
+
+def map_with_path(function: Callable[[Path, Any], Any], tree: Tree) -> Tree:
+    """The tree with each leaf replaced by ``function(path, leaf)``."""
+    new = [function(path, leaf) for path, leaf in leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), new)
+
+
+def _variables(tree: Tree) -> set[tuple[Any, ...]]:
+    """Where nnx keeps an array in an object; its attribute is no part of a path."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
+    return {entries for entries, part in found if is_variable(part)}
+
+
+def _path(entries: tuple[Any, ...], variables: set[tuple[Any, ...]]) -> Path:
+    for end in range(len(entries) if variables else 0):
+        if entries[:end] in variables:
+            entries = (*entries[:end], *entries[end + 1 :])
+            break
+    return Path(map(_key, entries))
+
+
+def _key(entry: Any) -> Any:
+    for kind in ("key", "name", "idx"):
+        if hasattr(entry, kind):
+            return getattr(entry, kind)
+    return entry
 
 
 def is_averaged(leaf: Any) -> bool:
@@ -47,7 +87,17 @@ def is_averaged(leaf: Any) -> bool:
     >>> [is_averaged(leaf) for leaf in (jnp.zeros(1), 1.0, 3, True, jax.random.key(0))]
     [True, True, False, False, False]
     """
-    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+    return is_array(leaf) and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether JAX computes with a leaf; it does not with the functions in a model of Equinox.
+
+    >>> [is_array(leaf) for leaf in (jnp.zeros(1), np.float32(1), 1.0, jnp.tanh, "float32")]
+    [True, True, True, False, False]
+    """
+    described = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    return described or isinstance(leaf, (bool, int, float, complex))
 
 
 def averaged_leaves(tree: Tree) -> dict[Path, Any]:

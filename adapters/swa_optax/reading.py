@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from swa_core import NothingAveragedError, StateError, StructureError, SWAState, SWAWarning
 from swa_optax.layouts import as_the_parameters
 from swa_optax.memory import to_device
-from swa_optax.paths import Path, Tree, averaged_leaves, leaves
+from swa_optax.paths import Path, Tree, averaged_leaves, leaves, map_with_path
+from swa_optax.variables import taken_apart, value
 
 # Whether reading before the first snapshot has warned since the last ``init``: an evaluation in
 # every epoch of a long training warns once. States are arrays only, so none can remember it.
@@ -43,7 +44,7 @@ def find_state(opt_state: Tree) -> SWAState:
         raise StateError(
             "the optimizer state holds no average.",
             hint="put swa_optax.swa(config) last in the chain, and pass the state of the whole "
-            "optimizer (tx.init, tx.update).",
+            "optimizer (tx.init, tx.update); what nnx.split took apart, nnx.merge first.",
         )
     if len(found) > 1:
         places = ", ".join("opt_state" + "".join(map(str, path)) for path in found)
@@ -54,7 +55,10 @@ def find_state(opt_state: Tree) -> SWAState:
         )
     (path,) = found
     _refuse_followed(opt_state, path)
-    return found[path]
+    state = found[path]
+    # The state of an nnx.Optimizer has each of its arrays in a variable; ``leaves`` unpacks those
+    # of the average.
+    return SWAState(*map(value, state[:-1]), average=state.average)
 
 
 def _refuse_followed(opt_state: Tree, path: tuple[Any, ...]) -> None:
@@ -181,11 +185,12 @@ def averaged_params(opt_state: Tree, params: Tree) -> Tree:
     {'steps': 3, 'w': Array([0.5], dtype=float32)}
     """
     state = find_state(opt_state)
-    average = _matched(state, params)
+    live, put_together = taken_apart(params)
+    average = _matched(state, live)
     if isinstance(state.n_averaged, jax.core.Tracer):
-        return _merged(average, params, state.n_averaged > 0)
+        return put_together(_merged(average, live, state.n_averaged > 0))
     if _number(state):
-        return _merged(average, params)
+        return put_together(_merged(average, live))
     global _has_warned
     if not _has_warned:
         _has_warned = True
@@ -195,7 +200,7 @@ def averaged_params(opt_state: Tree, params: Tree) -> Tree:
             SWAWarning,
             stacklevel=2,
         )
-    return params
+    return put_together(live)
 
 
 def finalize(opt_state: Tree, params: Tree) -> Tree:
@@ -230,7 +235,8 @@ def finalize(opt_state: Tree, params: Tree) -> Tree:
             f"updates{why}.",
             hint="train past the start, or start sooner.",
         )
-    return _merged(_matched(state, params), params)
+    live, put_together = taken_apart(params)
+    return put_together(_merged(_matched(state, live), live))
 
 
 def _count(count: Any) -> int | jax.Array:
@@ -276,11 +282,11 @@ def _matched(state: SWAState, params: Tree) -> dict[Path, Any]:
 def _merged(average: dict[Path, Any], params: Tree, any_yet: jax.Array | None = None) -> Tree:
     """``params`` with the averaged leaves in their places, where there are ``any_yet``."""
 
-    def read(path: Any, leaf: Any) -> Any:
+    def read(path: Path, leaf: Any) -> Any:
         if path not in average:
             return leaf
         held = to_device(average[path])
         mean = jnp.array(held, dtype=jnp.result_type(leaf), copy=True)
         return mean if any_yet is None else jnp.where(any_yet, mean, leaf)
 
-    return jax.tree_util.tree_map_with_path(read, params)
+    return map_with_path(read, params)

@@ -93,14 +93,14 @@ def restored(opt_state: Tree, now: SWAState, found: SWAState) -> Tree:
     """
     own = named(now.average)
     average = [placed_like(found.average[path], own[path]) for path in own]
-    new = SWAState(
-        n_updates=jnp.array(found.n_updates, jnp.int32),
-        n_averaged=jnp.array(found.n_averaged, jnp.int32),
-        n_skipped=jnp.array(found.n_skipped, jnp.int32),
-        total=jnp.array(found.total, jnp.float32),
-        average=jax.tree.unflatten(jax.tree.structure(now.average), average),
-    )
-    return jax.tree.map(lambda part: new if is_state(part) else part, opt_state, is_leaf=is_state)
+    counters = [jnp.array(count, jnp.int32) for count in found[:3]]
+    arrays = [*counters, jnp.array(found.total, jnp.float32), *average]
+
+    def restore(part: Any) -> Any:
+        # By its structure, which in an nnx.Optimizer has variables around the arrays.
+        return jax.tree.unflatten(jax.tree.structure(part), arrays) if is_state(part) else part
+
+    return jax.tree.map(restore, opt_state, is_leaf=is_state)
 
 
 def _by_name(average: Tree) -> dict[str, Any]:
