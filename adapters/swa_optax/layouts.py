@@ -54,9 +54,7 @@ def _unflattened(vector: jax.Array, live: dict[Path, Any]) -> dict[Path, Any]:
 def _joined(average: dict[Path, Any], live: dict[Path, Any]) -> dict[Path, Any]:
     found = dict(average)
     for path in live:
-        real, imaginary = (
-            Path((*path, jax.tree_util.GetAttrKey(name))) for name in ("real", "imaginary")
-        )
+        real, imaginary = Path((*path, "real")), Path((*path, "imaginary"))
         if real in found and imaginary in found and path not in found:
             found[path] = lax.complex(found.pop(real), found.pop(imaginary))
     return found

@@ -88,14 +88,20 @@ def test_one_compilation_without_a_condition_and_with_all_of_the_average_donated
         assert not params["kernel"].is_deleted()
     assert _joined._cache_size() == 1
 
+
+@pytest.mark.parametrize("nonfinite", ["keep", "skip"])
+def test_nothing_is_copied_under_a_condition(nonfinite):
+    state = init(next(visited(1)))
     old = jax.tree.leaves(state.average)
-    counters = state._replace(average=None)
-    new = [jnp.ones((3, 4)) for leaf in old[1:]] + [jnp.ones(5)]
     new = [jnp.ones_like(leaf) for leaf in old]
-    text = _joined.lower(counters, old, new, Uniform(), "skip").compile().as_text()
-    assert " conditional(" not in text
+    counters = state._replace(average=None)
+    text = _joined.lower(counters, old, new, Uniform(), nonfinite).compile().as_text()
     aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text)[1]
-    assert aliases.count("alias") == 4 + len(old)  # the counters, and every leaf
+    # Every leaf and all counters; "keep" does not read the old total.
+    assert aliases.count("alias") == len(old) + (4 if nonfinite == "skip" else 3)
+    # "skip" looks a second time where a sum of finite weights may have overflowed; that is all.
+    conditionals = re.findall(r"= (\S+) conditional\(", text)
+    assert conditionals == ([] if nonfinite == "keep" else ["(pred[])"])
 
 
 def test_inside_of_a_scan_and_a_train_state_of_ones_own():
