@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,36 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         flush_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill that takes the place of ``path`` when the block ends without an exception.
+
+    It is made beside it and renamed. A folder that is there cannot be replaced in one step: it is
+    moved away, and goes last.
+
+    >>> target = Path(tempfile.mkdtemp(), "name")
+    >>> with replacing_folder(target) as folder:
+    ...     written = Path(folder, "file").write_text("all of it")
+    ...     before = target.exists()
+    >>> before, sorted(file.name for file in target.iterdir())
+    (False, ['file'])
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        folder = Path(temporary, "folder")
+        folder.mkdir()
+        yield folder
+        for file in folder.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        if target.exists():
+            os.rename(target, Path(temporary, "old"))
+        os.rename(folder, target)
+        flush_folder(target.parent)
 
 
 def flush_folder(folder: Path) -> None:

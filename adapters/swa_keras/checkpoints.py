@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from swa_core.atomic import replacing
-from swa_core.checkpoints import Spec
+from swa_core.checkpoints import EVERYTHING, Spec
 from swa_core.checkpoints.tensors import Array, Piece, Write
 from swa_core.errors import StateError
 
@@ -23,7 +23,7 @@ _WEIGHTS = "model.weights.h5"  # in a .keras file
 _OPTIMIZER = "optimizer/"
 
 
-def open_checkpoint(path: Path, key: str | None = None) -> WeightsFile | None:
+def open_checkpoint(path: Path, key: str | None = None, trust: bool = False) -> WeightsFile | None:
     """The variables in a file of Keras, or None if the file is none by its name.
 
     The optimizer's variables are no part of it; a result keeps those of the first checkpoint.
@@ -31,13 +31,14 @@ def open_checkpoint(path: Path, key: str | None = None) -> WeightsFile | None:
     Args:
       path: of the file.
       key: these have no parts.
+      trust: changes nothing; nothing of them is executed.
 
     Raises:
       StateError: damaged, or made of anything but plain arrays; or a key was given.
     """
     if not path.is_file() or not path.name.endswith((".weights.h5", ".keras")):
         return None
-    if key is not None:
+    if key not in (None, EVERYTHING):
         raise StateError(f"{path.name} has no parts such as '{key}'.", hint="say no key.")
     return WeightsFile(path)
 
@@ -78,6 +79,9 @@ class WeightsFile:
         if os.preadv(self._file.fileno(), [into], begin) != array.nbytes:
             raise _broken(self.path.name, f"array '{piece.name}' is truncated")
         return array
+
+    def stretch(self, name: str) -> int:
+        return 1
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[Write]:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from swa_core.atomic import replacing
-from swa_core.checkpoints import Spec
+from swa_core.checkpoints import EVERYTHING, Spec
 from swa_core.checkpoints.tensors import Array, Piece, Write
 from swa_core.errors import StateError
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _STORED = {torch.bfloat16: torch.int16}  # numpy has no such dtype, so its bits are handed over
-_DTYPES = {
+DTYPES = {
     torch.bfloat16: "bfloat16",
     **{
         getattr(torch, name): name
@@ -32,13 +32,16 @@ _DTYPES = {
 }
 
 
-def open_checkpoint(path: Path, key: str | None = None) -> StateDictFile | None:
+def open_checkpoint(
+    path: Path, key: str | None = None, trust: bool = False
+) -> StateDictFile | None:
     """The state dict in a file of torch.save, or None if the file is none by its name.
 
     Args:
       path: of the file.
       key: where the state dict stands in a checkpoint that holds more, such as "model" or
         "state_dict"; dots lead deeper.
+      trust: changes nothing; what could run code is never read.
 
     Raises:
       StateError: damaged; needs more than ``weights_only=True`` to load; or holds no state dict
@@ -46,7 +49,7 @@ def open_checkpoint(path: Path, key: str | None = None) -> StateDictFile | None:
     """
     if path.suffix not in _SUFFIXES or not path.is_file():
         return None
-    return StateDictFile(path, key)
+    return StateDictFile(path, None if key == EVERYTHING else key)
 
 
 class StateDictFile:
@@ -70,7 +73,7 @@ class StateDictFile:
             if kept == name:
                 self._held[name] = tensor.detach()
         self.tensors: Mapping[str, Spec] = {
-            name: Spec(_DTYPES[tensor.dtype], tuple(tensor.shape))
+            name: Spec(DTYPES[tensor.dtype], tuple(tensor.shape))
             for name, tensor in self._held.items()
         }
 
@@ -82,6 +85,9 @@ class StateDictFile:
         array: Array = flat.view(_STORED.get(tensor.dtype, tensor.dtype)).numpy()
         # A copy: what is mapped must not be added to.
         return array.astype(self.tensors[piece.name].storage, copy=True)
+
+    def stretch(self, name: str) -> int:
+        return 1
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[Write]:
@@ -151,7 +157,7 @@ def _described(content: Any) -> str:
 def _check(path: Path, name: str, tensor: Tensor) -> None:
     """Refuses what cannot be read as numbers, or claims more than there is."""
     where = f"tensor '{name}' of {path.name}"
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in _DTYPES:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in DTYPES:
         raise StateError(
             f"cannot read {where}: it is {tensor.layout}, {tensor.dtype}.",
             hint="only dense tensors of the usual dtypes are averaged.",
@@ -168,4 +174,4 @@ def _check(path: Path, name: str, tensor: Tensor) -> None:
 
 
 def _numpy_of(tensor: Tensor) -> np.dtype[Any]:
-    return np.dtype(_DTYPES[_STORED.get(tensor.dtype, tensor.dtype)])
+    return np.dtype(DTYPES[_STORED.get(tensor.dtype, tensor.dtype)])

@@ -11,16 +11,17 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from swa_core.atomic import replacing
+from swa_core.checkpoints import safetensors_format
 from swa_core.checkpoints.arithmetic import accumulator, mean, narrowed, widened
 from swa_core.checkpoints.opening import open_checkpoint
-from swa_core.checkpoints.tensors import Array, Checkpoint, Piece, Spec
+from swa_core.checkpoints.tensors import Array, Checkpoint, Piece, Spec, Write
 from swa_core.errors import StateError, StructureError
 
 Integers = Literal["equal", "last", "first"]
@@ -55,6 +56,7 @@ def average(
     *,
     weights: Sequence[float] | None = None,
     key: str | None = None,
+    trust: bool = False,
     dtype: str = "float32",
     integers: Integers = "equal",
     allow_missing: bool = False,
@@ -71,9 +73,12 @@ def average(
 
     Args:
       paths: the checkpoints, the oldest first; see ``open_checkpoint`` for kinds.
-      out: the result; written whole or not at all.
+      out: the result; written whole or not at all. Its name ends on ".safetensors" where it is to
+        be one such file, whatever the checkpoints are.
       weights: of each checkpoint, relative to one another; equal by default.
-      key: the part of each checkpoint that is averaged, where they have several ("model").
+      key: the part of each checkpoint that is averaged, where they have several ("model"); "*"
+        for all of it.
+      trust: also read checkpoints whose description is a pickle; see ``open_checkpoint``.
       dtype: to sum in at least, "float32" or "float64".
       integers: what becomes of tensors that are not averaged: "equal" wants the same in all,
         "last" and "first" take that of one.
@@ -111,7 +116,7 @@ def average(
     with ExitStack() as stack:
         checkpoints = []
         for path in paths:
-            checkpoint = open_checkpoint(path, key=key)
+            checkpoint = open_checkpoint(path, key=key, trust=trust)
             stack.callback(checkpoint.close)
             checkpoints.append(checkpoint)
         job = _Job(checkpoints, shares, dtype, integers, allow_missing)
@@ -119,7 +124,7 @@ def average(
         _check_target(target, plan, [file for c in checkpoints for file in c.files], force=force)
         if dry_run:
             return plan
-        with checkpoints[0].writing(target) as write:
+        with _writing(checkpoints[0], target) as write:
             write(job.pieces(progress or (lambda done, of: None)))
         _write_provenance(target, checkpoints, plan, hashes=hashes)
     return plan
@@ -187,8 +192,11 @@ class _Job:
 
     def _cut(self) -> Iterator[Piece]:
         for name, spec in self.tensors.items():
-            for begin in range(0, spec.elements, _PIECE):
-                yield Piece(name, begin, min(begin + _PIECE, spec.elements))
+            stretch = max(
+                _PIECE, *(self.checkpoints[place].stretch(name) for place in self.holders[name])
+            )
+            for begin in range(0, spec.elements, stretch):
+                yield Piece(name, begin, min(begin + stretch, spec.elements))
 
     def _size(self, piece: Piece) -> int:
         itemsize = self.tensors[piece.name].storage.itemsize
@@ -238,6 +246,13 @@ class _Job:
             f"the sum of tensor '{piece.name}' overflows {self.least}.",
             hint='say dtype="float64" (--dtype float64).',
         )
+
+
+def _writing(first: Checkpoint, target: Path) -> AbstractContextManager[Write]:
+    """A checkpoint like the first, or one file of safetensors where the name says so."""
+    if target.suffix == ".safetensors" and first.path.suffix != ".safetensors":
+        return safetensors_format.writing_plainly(target, first.tensors)
+    return first.writing(target)
 
 
 def _weights(weights: Sequence[float] | None, n: int) -> list[float]:

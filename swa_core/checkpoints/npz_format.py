@@ -67,6 +67,9 @@ class NpzFile:
             raise _broken(self.path, f"array '{piece.name}' is truncated")
         return np.frombuffer(content, spec.storage)
 
+    def stretch(self, name: str) -> int:
+        return 1
+
     @contextmanager
     def writing(self, path: Path) -> Iterator[Write]:
         with replacing(path) as file, zipfile.ZipFile(file, "w") as target:

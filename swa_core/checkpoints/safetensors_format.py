@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from swa_core import safetensors_files
-from swa_core.atomic import replacing
+from swa_core.atomic import replacing, replacing_folder
 from swa_core.checkpoints.tensors import Array, Piece, Spec, Write
 from swa_core.errors import StateError
 
@@ -56,6 +55,9 @@ class SafetensorsFile:
             )
         native: Array = array.astype(array.dtype.newbyteorder("="), copy=False)
         return native
+
+    def stretch(self, name: str) -> int:
+        return 1
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[Write]:
@@ -113,13 +115,13 @@ class SafetensorsFolder:
     def read(self, piece: Piece) -> Array:
         return self._shard_of[piece.name].read(piece)
 
+    def stretch(self, name: str) -> int:
+        return 1
+
     @contextmanager
     def writing(self, path: Path) -> Iterator[Write]:
         """A folder with the same shards, index and side files (configuration, tokenizer)."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-            folder = Path(temporary, "folder")
-            folder.mkdir()
+        with replacing_folder(path) as folder:
 
             def write(pieces: Iterator[tuple[Piece, Array]]) -> None:
                 for name, shard in self._shards.items():
@@ -129,14 +131,42 @@ class SafetensorsFolder:
 
             yield write
             copy_beside(self.path, folder, {shard.path for shard in self._shards.values()})
-            if path.exists():
-                # A folder cannot be replaced in one step; the old one goes last.
-                os.rename(path, Path(temporary, "old"))
-            os.rename(folder, path)
 
     def close(self) -> None:
         for shard in self._shards.values():
             shard.close()
+
+
+@contextmanager
+def writing_plainly(path: Path, tensors: Mapping[str, Spec]) -> Iterator[Write]:
+    """Any checkpoint's tensors as one file, under their names and in their order.
+
+    Raises:
+      StateError: a dtype that the format does not have.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # readers for torch look for it
+    place = 0
+    for name, spec in tensors.items():
+        is_bfloat16 = spec.dtype == "bfloat16"
+        end = place + spec.bytes
+        entry = safetensors_files.Entry(spec.storage, spec.shape, place, end, is_bfloat16)
+        try:
+            kind = safetensors_files.kind_of(entry)
+        except KeyError as error:
+            raise StateError(
+                f"cannot write tensor '{name}': safetensors has no dtype {spec.dtype}.",
+                hint="write the result in the form of the checkpoints.",
+            ) from error
+        header[name] = {"dtype": kind, "shape": list(spec.shape), "data_offsets": [place, end]}
+        place = end
+    with replacing(path) as file:
+
+        def write(pieces: Iterator[tuple[Piece, Array]]) -> None:
+            file.write(safetensors_files.packed(header))
+            for _, array in pieces:
+                file.write(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+
+        yield write
 
 
 def copy_beside(source: Path, target: Path, tensors: set[Path]) -> None:

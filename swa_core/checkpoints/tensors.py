@@ -81,6 +81,10 @@ class Checkpoint(Protocol):
     def is_random(self) -> bool:
         """Whether pieces may be read in any order and by several threads."""
 
+    def stretch(self, name: str) -> int:
+        """How many elements of a tensor are best read at once: 1 where it does not matter, a whole
+        row of chunks where a part of one costs as much."""
+
     def writing(self, path: Path) -> AbstractContextManager[Write]:
         """A checkpoint like this one, written to ``path``: whole at the end of the block, or not.
 

@@ -3,7 +3,8 @@
     swa average 'runs/epoch-*.safetensors' --last 10 -o average.safetensors
 
 Checkpoints are taken in the order given, those of a pattern by the numbers in their names. The
-result has dtypes, layout and metadata of the first one.
+result has dtypes, layout and metadata of the first one, or is one file of safetensors if its name
+ends so.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "snapshots between them",
     )
     add("--weights", type=_numbers, help="one for each checkpoint: 1,2,3")
-    add("--key", help="the part to average of checkpoints that hold more, such as model")
+    add("--key", help="the part to average of checkpoints that hold more, such as model; * for all")
+    add("--trust", action="store_true", help="also read descriptions that are pickles (.metadata)")
     add("--dtype", choices=("float32", "float64"), default="float32", help="to sum in")
     add("--integers", choices=("equal", "last", "first"), default="equal")
     add("--allow-missing", action="store_true", help="average tensors over those who have them")
@@ -72,6 +74,7 @@ def run(options: argparse.Namespace) -> None:
             options.out,
             weights=weights,
             key=options.key,
+            trust=options.trust,
             # The difference of two sums needs the digits that it loses.
             dtype="float64" if options.window else options.dtype,
             integers=options.integers,

@@ -1,4 +1,4 @@
-"""What an average or another safetensors file holds.
+"""What an average or another checkpoint holds.
 
 swa inspect average.safetensors
 """
@@ -8,37 +8,66 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from contextlib import closing
 from typing import Any
 
 from swa_core import safetensors_files
 from swa_core.average_files import description
+from swa_core.checkpoints import EVERYTHING, open_checkpoint
+from swa_core.checkpoints.opening import is_known
 from swa_core.cli.counting import bytes_of, plural
 from swa_core.config_reading import write_rule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what the command takes."""
-    parser.add_argument("file")
+    parser.add_argument("file", help="or folder")
+    parser.add_argument("--key", default=EVERYTHING, help="the part to show, such as model")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="also read descriptions that are pickles (.metadata)",
+    )
     parser.add_argument("--json", action="store_true", help="for programs to read")
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints what the file holds; of its arrays nothing is read."""
-    figures = inspect(options.file)
+    figures = inspect(options.file, key=options.key, trust=options.trust)
     if options.json:
         print(json.dumps(figures, indent=2))
     else:
         print(drawn(figures))
 
 
-def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file says of itself, as plain numbers and strings; no array is read.
+def inspect(
+    path: str | os.PathLike[str], *, key: str = EVERYTHING, trust: bool = False
+) -> dict[str, Any]:
+    """What a checkpoint says of itself, as plain numbers and strings; no array is read.
+
+    Args:
+      path: of a file of safetensors, whatever its name, or of another checkpoint that
+        ``open_checkpoint`` knows.
+      key: the part of that which is meant.
+      trust: also read descriptions that are pickles.
 
     Raises:
-      StateError: no safetensors file, or a damaged one.
+      StateError: no checkpoint, or a damaged one.
       OSError: it cannot be read.
     """
-    name = os.path.basename(path)
+    name = os.path.basename(os.path.abspath(path))
+    if is_known(path):
+        with closing(open_checkpoint(path, key=key, trust=trust)) as checkpoint:
+            return {
+                "file": name,
+                "tensors": {
+                    tensor: {"dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.bytes}
+                    for tensor, spec in sorted(checkpoint.tensors.items())
+                },
+                "bytes": sum(spec.bytes for spec in checkpoint.tensors.values()),
+                "average": None,
+                "metadata": {},
+            }
     with open(path, "rb") as file:
         entries, metadata, _ = safetensors_files.read_header(file, name)
     tensors = {
