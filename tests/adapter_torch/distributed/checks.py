@@ -6,6 +6,7 @@ import os
 
 from adapter_torch.distributed import (
     checkpoint_checks,
+    folder_checks,
     full_state_checks,
     mesh_checks,
     sharded_checks,
@@ -21,9 +22,16 @@ BY_RANKS = {
         **sharded_checks.CHECKS,
         **full_state_checks.CHECKS,
         **zero_checks.CHECKS,
+        **folder_checks.SAVING,
+        **folder_checks.LOADING,
     },
-    1: checkpoint_checks.LOADING,
-    3: {**checkpoint_checks.LOADING, **sharded_checks.CHECKS, **full_state_checks.CHECKS},
+    1: {**checkpoint_checks.LOADING, **folder_checks.LOADING},
+    3: {
+        **checkpoint_checks.LOADING,
+        **sharded_checks.CHECKS,
+        **full_state_checks.CHECKS,
+        **folder_checks.LOADING,
+    },
     4: mesh_checks.CHECKS,
 }
 
