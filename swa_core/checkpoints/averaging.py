@@ -192,9 +192,8 @@ class _Job:
 
     def _cut(self) -> Iterator[Piece]:
         for name, spec in self.tensors.items():
-            stretch = max(
-                _PIECE, *(self.checkpoints[place].stretch(name) for place in self.holders[name])
-            )
+            unit = max(self.checkpoints[place].stretch(name) for place in self.holders[name])
+            stretch = unit * max(1, round(_PIECE / unit))
             for begin in range(0, spec.elements, stretch):
                 yield Piece(name, begin, min(begin + stretch, spec.elements))
 
@@ -321,7 +320,12 @@ def _write_provenance(
         {
             "path": str(checkpoint.path),
             "weight": weight,
-            "files": {file.name: _sha256(file) if hashes else None for file in checkpoint.files},
+            "files": {
+                str(file.relative_to(checkpoint.path) if file != checkpoint.path else file.name): (
+                    _sha256(file) if hashes else None
+                )
+                for file in checkpoint.files
+            },
         }
         for checkpoint, weight in zip(checkpoints, plan.weights, strict=True)
     ]

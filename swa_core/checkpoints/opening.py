@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from swa_core.checkpoints import npz_format, safetensors_format
+from swa_core.checkpoints.parts import EVERYTHING
 from swa_core.checkpoints.tensors import Checkpoint
 from swa_core.errors import StateError
 
 ENTRY_POINTS = "swa_core.checkpoints"
-EVERYTHING = "*"  # the key of all parts
 _FOLDER = "folder/"
 _OWN: tuple[Callable[[Path], Checkpoint | None], ...] = (
     safetensors_format.sniff,

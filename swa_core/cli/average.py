@@ -17,6 +17,7 @@ from typing import Any
 
 from swa_core import checkpoints, config_reading
 from swa_core.cli.counting import bytes_of, plural, positive
+from swa_core.errors import SWAError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +85,8 @@ def run(options: argparse.Namespace) -> None:
             dry_run=options.dry_run,
             progress=bar,
         )
+    except SWAError:
+        raise  # some are a ValueError, too
     except ValueError as error:
         raise UsageError(str(error)) from error
     finally:

@@ -438,6 +438,14 @@ def test_the_command_takes_the_best(tmp_path, capsys):
     np.testing.assert_allclose(load(out)["scalar"], 1.5)
 
 
+def test_an_error_of_a_checkpoint_exits_with_1(tmp_path, capsys):
+    paths = checkpoints(tmp_path, 2)
+    save(paths[1], {"w": np.ones(2, "f4")})
+    status, said, err = command(capsys, *paths, "-o", tmp_path / "out.safetensors")
+    assert (status, said) == (1, "")
+    assert err.startswith("swa average: the checkpoints have not the same tensors")
+
+
 def test_a_window_out_of_two_running_averages(tmp_path, capsys):
     weights = [{"w": np.float32([n**3 % 17, n])} for n in range(40)]
     state, paths = init(weights[0]), {}
