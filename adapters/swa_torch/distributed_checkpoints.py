@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +17,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from swa_core.atomic import replacing_folder
 from swa_core.checkpoints import EVERYTHING, Spec
 from swa_core.checkpoints.boxes import Box, boxes, common, shape_of, within
+from swa_core.checkpoints.parts import part
 from swa_core.checkpoints.safetensors_format import copy_beside
 from swa_core.checkpoints.tensors import Array, Piece, Write
 from swa_core.errors import StateError
 from swa_torch import distributed_metadata, saved_tensors
 from swa_torch.distributed_metadata import Chunk, Stored, broken
 
-_OPTIMIZER = re.compile(r"opt(im(izer)?)?(_?states?)?s?")
 _FILE = "__0_0.distcp"  # as one rank with one thread names it
 
 
@@ -198,22 +197,13 @@ class DistributedFolder:
 
 def _part(path: Path, described: distributed_metadata.Described, key: str | None) -> dict[str, str]:
     """The entries of a part: their names in the folder, by their names in the part."""
-    names = [*described.tensors, *described.others]
-    parts = {str(described.paths[name][0]): None for name in described.tensors}
-    held = f"it holds {', '.join(repr(part) for part in [*parts][:8])}"
+    paths = {name: described.paths[name] for name in described.tensors}
+    chosen = part(path.name, paths, key, ".")
     if key in (None, EVERYTHING):
-        if key is None and (found := [part for part in parts if _OPTIMIZER.fullmatch(part)]):
-            raise StateError(
-                f"{path.name} holds the state of an optimizer, '{found[0]}'.",
-                hint="name the part to average (--key model, or key=...), or --key '*' to average "
-                f"that too; {held}.",
-            )
-        return {name: name for name in names}
-    assert key is not None
-    inside = {name[len(key) + 1 :]: name for name in names if name.startswith(f"{key}.")}
-    if not any(full in described.tensors for full in inside.values()):
-        raise StateError(f"{path.name} has no part '{key}' with tensors.", hint=f"{held}.")
-    return inside
+        return chosen | {name: name for name in described.others}
+    before = f"{key}."
+    others = [name for name in described.others if name.startswith(before)]
+    return chosen | {name.removeprefix(before): name for name in others}
 
 
 def _place(chunks: list[Chunk]) -> tuple[str, int]:
