@@ -11,12 +11,18 @@ import jax.numpy as jnp
 
 from swa_core import Rule, SWAConfig, SWAState, Uniform
 from swa_optax import reading
+from swa_optax.checking import (
+    expect_parameters,
+    expect_something_to_average,
+    expect_state,
+    refuse_deleted,
+)
 from swa_optax.counting import counter, increment
 from swa_optax.finite import all_finite
 from swa_optax.matching import parameters_now
 from swa_optax.memory import MemoryKind, check_memory_kind, to_host
 from swa_optax.mixing import Leaves, mixed, total_after
-from swa_optax.paths import Tree, average_dtype, is_averaged
+from swa_optax.paths import Tree, average_dtype, is_averaged, leaves
 
 
 def init(params: Tree, *, memory_kind: MemoryKind | None = None) -> SWAState:
@@ -32,12 +38,17 @@ def init(params: Tree, *, memory_kind: MemoryKind | None = None) -> SWAState:
       As ``swa``'s.
 
     Raises:
+      StructureError: there are leaves, and none that can be averaged, or one that is no array.
+      StateError: a parameter's buffer was donated.
       ValueError: another memory.
 
     >>> init({"w": jnp.ones(2, jnp.bfloat16), "steps": 3}).average
     {'steps': None, 'w': Array([1., 1.], dtype=float32)}
     """
     check_memory_kind(memory_kind)
+    expect_parameters(params, "init(params)")
+    expect_something_to_average(params)
+    refuse_deleted(leaves(params), "cannot start an average")
     reading.expect_a_first_snapshot()
 
     def copy(leaf: Any) -> jax.Array | None:
@@ -84,6 +95,7 @@ def accumulate(
       what saves a state take it as they take an optimizer's.
 
     Raises:
+      StateError: ``state`` holds no average, was cast, or donated already.
       StructureError: other parameters than ``init`` was given.
       ConfigError: no such rule.
       ValueError: no such ``nonfinite``.
@@ -98,7 +110,8 @@ def accumulate(
         rule = SWAConfig.from_dict({"rule": rule}).rule
     if nonfinite not in ("skip", "keep"):
         raise ValueError(f'nonfinite must be "skip" or "keep", got {nonfinite!r}')
-    state = reading.find_state(state)
+    expect_parameters(params, "accumulate(state, params)")
+    state = expect_state(reading.find_state(state))
     held = jax.tree.structure(state.average)
     counters, old = state._replace(average=None), jax.tree.leaves(state.average)
     counters, average = _joined(counters, old, parameters_now(state, params), rule, nonfinite)

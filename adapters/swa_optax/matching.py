@@ -11,8 +11,9 @@ import optax
 
 from swa_core import StructureError, SWAState
 from swa_core.averaging import check_leaves
+from swa_optax.checking import expect_parameters
 from swa_optax.mixing import Leaves
-from swa_optax.paths import Path, Tree, abstract, leaves
+from swa_optax.paths import Path, Tree, abstract, is_array, leaves
 
 
 def parameters_after(updates: Tree, state: SWAState, params: Tree) -> Leaves:
@@ -26,8 +27,10 @@ def parameters_after(updates: Tree, state: SWAState, params: Tree) -> Leaves:
             "cannot average: swa was updated without the parameters.",
             hint="call tx.update(grads, state, params), and put swa last in the chain.",
         )
+    expect_parameters(params, "tx.update(grads, state, params)")
     average, live = _matched(state, params)
     changes = leaves(updates)
+    _expect_updates_of(average, live, updates)
     for path in average:
         if path in changes and jnp.shape(changes[path]) != jnp.shape(live[path]):
             raise StructureError(
@@ -66,7 +69,35 @@ def _matched(state: SWAState, params: Tree) -> tuple[dict[Path, Any], dict[Path,
     return average, live
 
 
+def _expect_updates_of(average: dict[Path, Any], live: dict[Path, Any], updates: Tree) -> None:
+    """Raises ``StructureError`` for updates of other leaves than the parameters have.
+
+    None and ``MaskedNode`` stand for updates that are not made.
+    """
+    hint = "updates need the structure of the parameters, with None for what is not updated."
+    changes = leaves(updates)
+    for path in changes:
+        if path not in live:
+            raise StructureError(
+                f"cannot average the parameters: there is an update of leaf '{path}', which they "
+                "do not have.",
+                hint=hint,
+            )
+    without = [path for path in average if path not in changes]
+    found = leaves(updates, is_leaf=_is_no_update) if without else {}
+    not_made = {path for path, leaf in found.items() if _is_no_update(leaf)}
+    for path in without:
+        if not any(path[:n] in not_made for n in range(len(path) + 1)):
+            raise StructureError(
+                f"cannot average the parameters: there is no update of leaf '{path}'.", hint=hint
+            )
+
+
+def _is_no_update(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, optax.MaskedNode)
+
+
 def _described(found: dict[Path, Any]) -> dict[Any, jax.ShapeDtypeStruct]:
-    described = {path: abstract(leaf) for path, leaf in found.items()}
+    described = {path: abstract(leaf) for path, leaf in found.items() if is_array(leaf)}
     # numpy, and so the core, does not know the dtype of a PRNG key.
     return {path: leaf for path, leaf in described.items() if isinstance(leaf.dtype, np.dtype)}

@@ -33,13 +33,13 @@ class Path(tuple[Any, ...]):
         return "/".join(map(str, self))
 
 
-def leaves(tree: Tree) -> dict[Path, Any]:
+def leaves(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
     """The leaves of any pytree by path, in order; None and ``MaskedNode`` hold none.
 
     Raises:
       StructureError: a container of one's own gives two of its children the same key.
     """
-    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     places = _variables(tree) if found else set()
     by_path: dict[Path, Any] = {}
     for entries, leaf in found:
@@ -96,8 +96,12 @@ def is_array(leaf: Any) -> bool:
     >>> [is_array(leaf) for leaf in (jnp.zeros(1), np.float32(1), 1.0, jnp.tanh, "float32")]
     [True, True, True, False, False]
     """
-    described = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    return described or isinstance(leaf, (bool, int, float, complex))
+    if isinstance(leaf, (bool, int, float, complex)):
+        return True
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return False
+    # Strings, dates and objects are arrays of numpy's, and none of JAX'.
+    return not isinstance(leaf.dtype, np.dtype) or leaf.dtype.kind not in "OSUMm"
 
 
 def averaged_leaves(tree: Tree) -> dict[Path, Any]:

@@ -10,6 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from swa_core import NothingAveragedError, StateError, StructureError, SWAState, SWAWarning
+from swa_optax.checking import (
+    expect_count,
+    expect_parameters,
+    is_state,
+    refuse_deleted,
+    refuse_shapes_alone,
+    restore_hint,
+)
 from swa_optax.layouts import as_the_parameters
 from swa_optax.memory import to_device
 from swa_optax.paths import Path, Tree, averaged_leaves, leaves, map_with_path
@@ -43,7 +51,8 @@ def find_state(opt_state: Tree) -> SWAState:
     if not found:
         raise StateError(
             "the optimizer state holds no average.",
-            hint="put swa_optax.swa(config) last in the chain, and pass the state of the whole "
+            hint=restore_hint(opt_state)
+            or "put swa_optax.swa(config) last in the chain, and pass the state of the whole "
             "optimizer (tx.init, tx.update); what nnx.split took apart, nnx.merge first.",
         )
     if len(found) > 1:
@@ -128,11 +137,6 @@ def _child(part: Any, step: Any) -> Any:
     return part[step.idx if hasattr(step, "idx") else step.key]
 
 
-def is_state(part: Any) -> bool:
-    """Whether a part of an optimizer state is the one of ``swa``."""
-    return isinstance(part, SWAState)
-
-
 def n_averaged(opt_state: Tree) -> int | jax.Array:
     """The number of snapshots in the average.
 
@@ -145,7 +149,7 @@ def n_averaged(opt_state: Tree) -> int | jax.Array:
     >>> n_averaged(SWAState(7, 2, 0, 2.0, None))
     2
     """
-    return _count(find_state(opt_state).n_averaged)
+    return _count(find_state(opt_state), "n_averaged")
 
 
 def n_skipped(opt_state: Tree) -> int | jax.Array:
@@ -160,7 +164,7 @@ def n_skipped(opt_state: Tree) -> int | jax.Array:
     >>> n_skipped(SWAState(7, 2, 1, 2.0, None))
     1
     """
-    return _count(find_state(opt_state).n_skipped)
+    return _count(find_state(opt_state), "n_skipped")
 
 
 def averaged_params(opt_state: Tree, params: Tree) -> Tree:
@@ -184,6 +188,7 @@ def averaged_params(opt_state: Tree, params: Tree) -> Tree:
     >>> averaged_params(state, {"w": jnp.array([1.0]), "steps": 3})
     {'steps': 3, 'w': Array([0.5], dtype=float32)}
     """
+    expect_parameters(params, "averaged_params(opt_state, params)")
     state = find_state(opt_state)
     live, put_together = taken_apart(params)
     average = _matched(state, live)
@@ -191,6 +196,7 @@ def averaged_params(opt_state: Tree, params: Tree) -> Tree:
         return put_together(_merged(average, live, state.n_averaged > 0))
     if _number(state):
         return put_together(_merged(average, live))
+    refuse_deleted(leaves(live), "cannot read the parameters")
     global _has_warned
     if not _has_warned:
         _has_warned = True
@@ -221,6 +227,7 @@ def finalize(opt_state: Tree, params: Tree) -> Tree:
     >>> finalize(SWAState(7, 2, 0, 2.0, {"w": jnp.array([0.5])}), {"w": jnp.array([1.0])})
     {'w': Array([0.5], dtype=float32)}
     """
+    expect_parameters(params, "finalize(opt_state, params)")
     state = find_state(opt_state)
     if isinstance(state.n_averaged, jax.core.Tracer):
         raise StateError(
@@ -239,14 +246,18 @@ def finalize(opt_state: Tree, params: Tree) -> Tree:
     return put_together(_merged(_matched(state, live), live))
 
 
-def _count(count: Any) -> int | jax.Array:
+def _count(state: SWAState, name: str) -> int | jax.Array:
+    count = getattr(state, name)
+    refuse_shapes_alone(name, count)
+    expect_count(name, count)
+    refuse_deleted({name: count}, "cannot read the state")
     return count if isinstance(count, jax.core.Tracer) or jnp.ndim(count) else int(count)
 
 
 def _number(state: SWAState) -> int:
     """The number of snapshots, known outside of jit."""
     refuse_ensemble(state)
-    return int(state.n_averaged)
+    return int(_count(state, "n_averaged"))
 
 
 def refuse_ensemble(state: SWAState) -> None:
@@ -263,6 +274,7 @@ def _matched(state: SWAState, params: Tree) -> dict[Path, Any]:
     """The leaves of the average by path, if the parameters have them all."""
     average = as_the_parameters(leaves(state.average), params)
     live = averaged_leaves(params)
+    refuse_deleted(average, "cannot read the average")
     hint = "pass the parameters of this training, whole."
     for path, leaf in average.items():
         if path not in live:
@@ -281,6 +293,8 @@ def _matched(state: SWAState, params: Tree) -> dict[Path, Any]:
 
 def _merged(average: dict[Path, Any], params: Tree, any_yet: jax.Array | None = None) -> Tree:
     """``params`` with the averaged leaves in their places, where there are ``any_yet``."""
+    kept = {path: leaf for path, leaf in leaves(params).items() if path not in average}
+    refuse_deleted(kept, "cannot read the parameters")
 
     def read(path: Path, leaf: Any) -> Any:
         if path not in average:

@@ -12,9 +12,11 @@ import numpy as np
 from swa_core import Rule, Schedule, StateError, SWAState
 from swa_core.averaging import check_leaves
 from swa_core.saving import header, read_header
+from swa_optax.checking import expect_state, is_state, refuse_tracing
+from swa_optax.counting import counted
 from swa_optax.paths import Tree, leaves
 from swa_optax.placing import placed_like
-from swa_optax.reading import find_state, is_state, refuse_ensemble
+from swa_optax.reading import find_state, refuse_ensemble
 
 
 def state_to_dict(
@@ -39,6 +41,8 @@ def state_to_dict(
     """
     state = find_state(opt_state)
     refuse_ensemble(state)
+    refuse_tracing(state, "a state cannot be saved")
+    state = expect_state(state, "a state cannot be saved")
     return {**header(state, schedule, rule), "average": _by_name(state.average)}
 
 
@@ -93,7 +97,7 @@ def restored(opt_state: Tree, now: SWAState, found: SWAState) -> Tree:
     """
     own = named(now.average)
     average = [placed_like(found.average[path], own[path]) for path in own]
-    counters = [jnp.array(count, jnp.int32) for count in found[:3]]
+    counters = [counted(count) for count in found[:3]]
     arrays = [*counters, jnp.array(found.total, jnp.float32), *average]
 
     def restore(part: Any) -> Any:

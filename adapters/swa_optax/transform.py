@@ -13,13 +13,14 @@ from jax import lax
 
 from swa_core import Schedule, SWAConfig, SWAState
 from swa_optax import accumulating
+from swa_optax.checking import expect_state
 from swa_optax.counting import increment
 from swa_optax.finite import all_finite, not_read
 from swa_optax.matching import parameters_after
 from swa_optax.memory import MemoryKind, check_memory_kind
 from swa_optax.mixing import kept, mixed, total_after
 from swa_optax.paths import Tree
-from swa_optax.resolving import Config, resolve
+from swa_optax.resolving import LAST_UPDATE, Config, resolve
 
 # The state after an update: (updates, state, params, made) -> state.
 Advance = Callable[[Tree, SWAState, Tree, jax.Array | None], SWAState]
@@ -63,8 +64,10 @@ def swa(
       (integers, booleans, keys) are None in ``average``; give ``is_leaf=lambda x: x is None`` to
       tree functions that take ``average`` beside the parameters. Above 2**24 snapshots their
       number is rounded to float32 where it weighs the next. ``update`` raises a ``StructureError``
-      without ``params``, and when their structure, shapes or dtypes are not those of the average
-      (when traced, before anything is computed).
+      without ``params``, and when their structure, shapes or dtypes are not those of the average,
+      and a ``StateError`` for a state that is another's, was cast or restored without its
+      structure (when traced, before anything is computed). ``init`` refuses parameters none of
+      which can be averaged; trees without leaves pass.
 
     Raises:
       ConfigError: faults in the configuration; a length is missing, or traced.
@@ -113,10 +116,12 @@ def advancing(config: SWAConfig, schedule: Schedule) -> Advance:
     mix = partial(mixed, config.rule)
 
     def advance(updates: Tree, state: SWAState, params: Tree, made: jax.Array | None) -> SWAState:
+        state = expect_state(state)
         new = parameters_after(updates, state, params)
         old, structure = jax.tree.flatten(state.average)
         count = increment(state.n_updates)
-        due = schedule.is_snapshot(count)
+        # What comes after the last number is not counted, and no snapshot: all of it would be.
+        due = schedule.is_snapshot(count) & (state.n_updates < LAST_UPDATE)
         if made is not None:
             count = jnp.where(made, count, state.n_updates)
             due &= made

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from swa_core import ConfigError, StructureError, SWAConfig
-from swa_optax import swa, swa_lr
+from swa_optax import averaged_params, swa, swa_lr
+from swa_optax.paths import leaves
 
 EVERY = SWAConfig(start="1step", every="1step")
 PARAMS = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
@@ -29,6 +31,12 @@ CHANGES = {
         "'dense/kernel' has shape",
     ),
     "missing": ({"dense": {"kernel": jnp.ones((2, 3))}}, "'dense/bias' is missing"),
+    "renamed": (
+        {"dense": {"kernel": jnp.ones((2, 3)), "offset": jnp.ones(3)}},
+        "'dense/bias' is missing",
+    ),
+    "list": ({"dense": [jnp.ones(3), jnp.ones((2, 3))]}, "'dense/bias' is missing"),
+    "none": ({"dense": {"kernel": jnp.ones((2, 3)), "bias": None}}, "'dense/bias' is missing"),
     "new": (PARAMS | {"head": jnp.ones(1)}, "'head'"),
     "integer": (
         {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3, jnp.int32)}},
@@ -49,6 +57,59 @@ def test_changed_parameters_are_refused_when_traced(change):
     with pytest.raises(StructureError, match=message):
         jax.eval_shape(tx.update, updates, state, params)
     tx.update(ZERO, state, PARAMS)
+
+
+def test_an_array_that_became_something_else_is_refused_with_its_path():
+    for leaf in (jax.nn.relu, "float32", np.array(["relu"]), object()):
+        params = {"dense": PARAMS["dense"] | {"bias": leaf}}
+        for use in (averaged_params, lambda state, params: swa(EVERY).update(ZERO, state, params)):
+            with pytest.raises(StructureError, match="'dense/bias'"):
+                use(swa(EVERY).init(PARAMS), params)
+        with pytest.raises(StructureError, match=rf"\(.* is {type(leaf).__name__}\)"):
+            swa(EVERY).init(leaf)
+
+
+INTEGERS = {"step": jnp.array(3), "seed": jax.random.key(0), "mask": jnp.ones(2, bool)}
+
+
+@pytest.mark.parametrize("init", [lambda f, x: f(x), jax.eval_shape], ids=["eager", "traced"])
+def test_parameters_that_cannot_be_averaged_are_refused(init):
+    tx = optax.chain(optax.sgd(0.1), swa(EVERY))
+    with pytest.raises(StructureError, match="nothing can be averaged: none of the") as error:
+        init(tx.init, INTEGERS)
+    assert "('mask' is bool, 'seed' is key<fry>, 'step' is int32)" in str(error.value)
+    with pytest.raises(StructureError, match=r"'0' is int32, '1' is int32, '2' is int32, ...\)"):
+        init(tx.init, [jnp.array(1)] * 4)
+
+
+def test_masked_trees_of_integers_pass():
+    params = {"w": jnp.ones(2), "step": jnp.array(3)}
+    mask = {"w": True, "step": False}
+    state = optax.masked(swa(EVERY), mask).init(params)
+    assert list(map(str, leaves(state.inner_state.average))) == ["w"]
+    optax.masked(swa(EVERY), {"w": False, "step": False}).init(params)
+
+
+@pytest.mark.parametrize(
+    ("updates", "message"),
+    [
+        ({"dense": [jnp.zeros(3), jnp.zeros((2, 3))]}, "an update of leaf 'dense/0'"),
+        (ZERO | {"head": jnp.zeros(1)}, "an update of leaf 'head'"),
+        ({}, "no update of leaf 'dense/bias'"),
+        ({"dense": {"bias": jnp.zeros(3)}}, "no update of leaf 'dense/kernel'"),
+    ],
+)
+def test_updates_of_another_structure_are_refused(updates, message):
+    # They would pass for updates that are not made, and the parameters before them be averaged.
+    with pytest.raises(StructureError, match=message):
+        swa(EVERY).update(updates, swa(EVERY).init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("dense", [None, optax.MaskedNode(), {"kernel": None, "bias": None}])
+def test_updates_that_are_not_made_pass(dense):
+    state = swa(EVERY).init(PARAMS)
+    _, state = swa(EVERY).update({"dense": dense}, state, PARAMS)
+    np.testing.assert_array_equal(state.average["dense"]["bias"], 1)
 
 
 def test_narrower_parameters_of_the_same_average_pass():
