@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +48,7 @@ def expect_state(state: Any, what: str = "cannot average") -> SWAState:
     Array(2, dtype=int32)
     """
     if not is_state(state):
-        raise StateError(
-            f"{what}: the state is no SWAState, but a {type(state).__name__}.",
-            hint=restore_hint(state)
-            or "call tx.update(grads, state, params) with the state that init, or the last update, "
-            "of this very optimizer returned.",
-        )
+        refuse_state(state, "SWAState", what)
     counts = {name: getattr(state, name) for name in state._fields[:3]}
     for name, count in counts.items():
         refuse_shapes_alone(name, count)
@@ -74,6 +69,22 @@ def expect_state(state: Any, what: str = "cannot average") -> SWAState:
     refuse_deleted(state._asdict() | leaves(state.average), what)
     return SWAState(
         *map(counted, counts.values()), jnp.asarray(state.total, jnp.float32), state.average
+    )
+
+
+def refuse_state(state: Any, own: str, what: str = "cannot average") -> NoReturn:
+    """Raises ``StateError`` for the state of another transformation.
+
+    Args:
+      state: what was given.
+      own: the name of what it should be.
+      what: what cannot be done, the beginning of the message.
+    """
+    raise StateError(
+        f"{what}: the state is no {own}, but a {type(state).__name__}.",
+        hint=restore_hint(state)
+        or "call tx.update(grads, state, params) with the state that init, or the last update, of "
+        "this very optimizer returned.",
     )
 
 

@@ -12,6 +12,7 @@ from jax import lax
 
 from swa_core import SWAState
 from swa_optax import accumulating
+from swa_optax.checking import is_state, refuse_state
 from swa_optax.memory import MemoryKind, check_memory_kind
 from swa_optax.paths import Tree
 from swa_optax.resolving import Config, resolve
@@ -77,6 +78,8 @@ def wrap(
     def update(
         updates: Tree, state: tuple[Tree, SWAState], params: Tree = None, **extra_args: Any
     ) -> tuple[Tree, tuple[Tree, SWAState]]:
+        if type(state) is not tuple or len(state) != 2 or not is_state(state[1]):
+            refuse_state(state, "state of wrap")
         before, average = state
         updates, after = optimizer.update(updates, before, params, **extra_args)
         made = _made(before, after, updates)

@@ -169,8 +169,10 @@ def test_bad_input():
         accumulate(state, {"w": jnp.zeros(3)})
     with pytest.raises(StructureError, match="leaf 'v'"):
         accumulate(state, {"w": jnp.zeros(2), "v": jnp.zeros(2)})
-    with pytest.raises(StateError, match="holds no average"):
+    with pytest.raises(StructureError, match=r"the order is accumulate\(state, params\)"):
         accumulate({"w": jnp.zeros(2)}, state)
+    with pytest.raises(StateError, match="holds no average"):
+        accumulate({"w": jnp.zeros(2)}, {"w": jnp.zeros(2)})
     with pytest.raises(ValueError, match='memory_kind must be "pinned_host" or None'):
         init({"w": jnp.zeros(2)}, memory_kind="unpinned_host")
     assert not state.average["w"].is_deleted()  # nothing was half-done

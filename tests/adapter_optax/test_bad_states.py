@@ -14,6 +14,7 @@ import pytest
 
 from swa_core import StateError, StructureError, SWAConfig, SWAState
 from swa_optax import (
+    accumulate,
     averaged_params,
     finalize,
     load_average,
@@ -23,6 +24,7 @@ from swa_optax import (
     state_from_dict,
     state_to_dict,
     swa,
+    wrap,
 )
 
 CONFIG = SWAConfig(start="1step", every="1step")
@@ -40,6 +42,10 @@ def jitted(state):
     return jax.jit(TX.update)(ZERO, state, PARAMS)
 
 
+def loop(state):
+    return accumulate(state, PARAMS)
+
+
 OTHERS = {
     "parameters": PARAMS,
     "another's": optax.adam(0.1).init(PARAMS)[0],
@@ -55,6 +61,18 @@ def test_the_state_of_another(other):
     with pytest.raises(StateError, match=r"no SWAState, but a .*\nHint: call tx.update") as error:
         update(OTHERS[other])
     assert type(OTHERS[other]).__name__ in str(error.value)
+
+
+def test_the_state_of_another_given_to_a_wrapped_optimizer():
+    tx = wrap(optax.adam(0.1), CONFIG)
+    plain = [None, STATE._asdict()]  # restored without a target
+    for state, hint in (
+        (optax.adam(0.1).init(PARAMS), "call tx.update"),
+        (STATE, "call tx.update"),
+        (plain, "it was restored without its structure"),
+    ):
+        with pytest.raises(StateError, match=f"is no state of wrap, but a .*\nHint: {hint}"):
+            tx.update(ZERO, state, PARAMS)
 
 
 def test_the_state_of_another_is_refused_when_traced():
@@ -83,7 +101,7 @@ def test_a_saved_dictionary_is_no_state():
         state_from_dict(STATE, saved)
 
 
-@pytest.mark.parametrize("use", [update, jitted, n_averaged, n_skipped, state_to_dict])
+@pytest.mark.parametrize("use", [update, jitted, loop, n_averaged, n_skipped, state_to_dict])
 def test_a_state_that_was_cast_has_lost_its_counts(use):
     cast = optax.tree.cast(STATE, jnp.bfloat16)
     with pytest.raises(StateError, match=r"was cast: \w+ has dtype bfloat16") as error:
@@ -98,7 +116,7 @@ def cast_floats(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int32"])
-@pytest.mark.parametrize("use", [update, jitted, state_to_dict])
+@pytest.mark.parametrize("use", [update, jitted, loop, state_to_dict])
 def test_an_average_that_was_cast(use, dtype):
     with pytest.raises(StateError, match=f"leaf 'dense/bias' of the average has dtype {dtype}"):
         use(cast_floats(dtype))
@@ -160,6 +178,7 @@ USES_OF_A_STATE = {
     "n_averaged": n_averaged,
     "n_skipped": n_skipped,
     "state_to_dict": state_to_dict,
+    "accumulate": lambda state: accumulate(state, PARAMS),
     "save_average": lambda state: save_average("never-written", state, CONFIG),
 }
 
@@ -171,7 +190,7 @@ def test_a_donated_state(use):
     _, new = step(ZERO, state, PARAMS)
     with pytest.raises(StateError, match=r"buffer of '\S+' is deleted.\nHint: .*donate_argnums"):
         USES_OF_A_STATE[use](state)
-    if use not in ("update", "save_average"):
+    if use != "save_average":
         USES_OF_A_STATE[use](new)
 
 
@@ -238,9 +257,9 @@ def test_saving_inside_of_jit(save):
 
 def test_what_can_be_read_inside_of_jit_vmap_and_scan(tmp_path):
     half = jax.tree.map(lambda leaf: leaf / 2, PARAMS)
-    for wrap in (jax.jit, jax.checkpoint):
-        assert wrap(averaged_params)(STATE, half)["dense"]["bias"].tolist() == [1] * 3
-        assert int(wrap(n_averaged)(STATE)) == 1
+    for transformed in (jax.jit, jax.checkpoint):
+        assert transformed(averaged_params)(STATE, half)["dense"]["bias"].tolist() == [1] * 3
+        assert int(transformed(n_averaged)(STATE)) == 1
     # One average beside many parameters, and an ensemble of averages.
     stacked, states = ensemble()
     read = jax.vmap(averaged_params, in_axes=(None, 0))(STATE, stacked)
