@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from swa_core import Rule, SWAConfig, SWAState, Uniform
 from swa_optax import reading
+from swa_optax.agreeing import finite_everywhere
 from swa_optax.checking import (
     expect_parameters,
     expect_something_to_average,
@@ -18,7 +19,6 @@ from swa_optax.checking import (
     refuse_deleted,
 )
 from swa_optax.counting import counter, increment
-from swa_optax.finite import all_finite
 from swa_optax.matching import parameters_now
 from swa_optax.memory import MemoryKind, check_memory_kind, to_host
 from swa_optax.mixing import Leaves, mixed, total_after
@@ -127,7 +127,7 @@ def _joined(
     count = state._replace(n_updates=increment(state.n_updates))
     if nonfinite == "keep":
         return count._replace(n_averaged=n, total=total), average
-    taken = all_finite(new)
+    taken = finite_everywhere(new, state.n_updates)
     return (
         count._replace(
             n_averaged=jnp.where(taken, n, state.n_averaged),

@@ -1,0 +1,138 @@
+"""Whether a snapshot holds NaN or Inf: one answer, on which all devices agree.
+
+Left to itself, the compiler reduces each leaf over all devices, along one mesh axis after the
+other. Here each device looks at what it has of all leaves, and what it found goes round as one
+integer, in whose maximum no NaN can be lost.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from swa_optax import finite
+
+Leaves = list[jax.Array]
+
+
+def finite_everywhere(leaves: Leaves, count: jax.Array) -> jax.Array:
+    """Whether no leaf holds NaN or Inf, on any device.
+
+    Inside of ``shard_map`` the shards answer together along the axes over which the leaves differ
+    and the counter does not; where the counter differs too, each is a training of its own. Where
+    JAX does not know what differs (``check_vma=False``, and ``pmap`` with an axis name), they
+    answer together along all axes.
+
+    Args:
+      leaves: floating-point or complex arrays, sharded in any way.
+      count: the counter of updates [>= 0].
+
+    >>> bool(finite_everywhere([jnp.ones(2), jnp.array(jnp.nan)], jnp.int32(1)))
+    False
+    """
+    if not leaves:
+        return count >= 0
+    fixed = [lax.stop_gradient(leaf) for leaf in leaves]
+    manual, others = _mesh_axes()
+    # What is left to the compiler inside of shard_map, it has to divide itself.
+    bad = _bad_apart(*fixed) if manual and others else _bad_anywhere(*fixed)
+    axes = _answering_together(manual, bad, count)
+    if axes:
+        bad = lax.pmax(bad, axes)
+    # Differs over the axes over which the counter does, as ``not_read`` does.
+    return (bad == 0) & (count >= 0)
+
+
+def not_read(leaves: Leaves, count: jax.Array) -> jax.Array:
+    """False, of the type of ``finite_everywhere``: the other branch of a condition."""
+    return count < 0
+
+
+def _mesh_axes() -> tuple[list[str], bool]:
+    """The axes along which ``shard_map`` or ``pmap`` took the arrays apart; whether others are."""
+    if not hasattr(jax, "typeof"):  # before JAX 0.6, which knows nothing of it
+        return [], False
+    mesh = jax.sharding.get_abstract_mesh()
+    # A pmap without a name, which JAX gives one of its own, says that nothing is shared.
+    manual = [axis for axis in mesh.manual_axes if not axis.startswith("_")]
+    return manual, len(manual) < len(mesh.axis_names)
+
+
+def _answering_together(manual: list[str], bad: jax.Array, count: jax.Array) -> tuple[str, ...]:
+    if not manual:
+        return ()
+    known = all(axis in _differing(lax.axis_index(axis)) for axis in manual)
+    axes = _differing(bad) - _differing(count) if known else manual
+    return tuple(axis for axis in manual if axis in axes)
+
+
+def _differing(array: jax.Array) -> frozenset[Any]:
+    """The axes of ``shard_map`` over which an array differs, as far as JAX knows."""
+    described = jax.typeof(array)
+    manual = getattr(described, "manual_axis_type", None)
+    return manual.varying if manual is not None else getattr(described, "vma", frozenset())
+
+
+def _bad(*leaves: jax.Array) -> jax.Array:
+    """1 where the leaves hold NaN or Inf, else 0; int32, which no backend compares wrongly."""
+    return 1 - finite.all_finite([*leaves]).astype(jnp.int32)
+
+
+def _bad_apart(*leaves: jax.Array) -> jax.Array:
+    """The same in one look, where the compiler divides it between devices or members."""
+    return 1 - finite.each_finite([*leaves]).astype(jnp.int32)
+
+
+_bad_on_all_devices = custom_partitioning(_bad)
+
+
+def _partition(mesh: Mesh, leaves: Any, bad: Any) -> tuple[Any, ...]:
+    """What each device does, and how the leaves are sharded: as they come."""
+    shardings = tuple(leaf.sharding for leaf in leaves)
+    devices = shardings[0]._device_assignment if mesh.empty else mesh.devices.flat
+    everywhere = Mesh(np.array([*devices]), ("devices",))
+    is_sharded = not all(sharding.is_fully_replicated for sharding in shardings)
+
+    def on_each_device(*leaves: jax.Array) -> jax.Array:
+        bad = _bad(*leaves)
+        return lax.pmax(bad, "devices") if is_sharded else bad
+
+    return everywhere, on_each_device, NamedSharding(everywhere, PartitionSpec()), shardings
+
+
+def _replicated(mesh: Mesh, leaves: Any, bad: Any) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _dimensions(mesh: Mesh, leaves: Any, bad: Any) -> str:
+    """Every dimension of every leaf with a name of its own: none has to be sharded as another."""
+    names = (f"d{number}" for number in range(sum(leaf.rank for leaf in leaves)))
+    terms = [" ".join(next(names) for _ in range(leaf.rank)) for leaf in leaves]
+    return ", ".join(terms) + " ->"
+
+
+# XLA has two partitioners; JAX before 0.5 knows but the older one.
+_rules: dict[str, Any] = {"infer_sharding_from_operands": _replicated}
+if "sharding_rule" in inspect.signature(_bad_on_all_devices.def_partition).parameters:
+    _rules["sharding_rule"] = _dimensions
+_bad_on_all_devices.def_partition(partition=_partition, **_rules)
+
+
+@custom_vmap
+def _bad_anywhere(*leaves: jax.Array) -> jax.Array:
+    return _bad_on_all_devices(*leaves)
+
+
+@_bad_anywhere.def_vmap
+def _bad_members(size: int, batched: list[bool], *leaves: jax.Array) -> tuple[jax.Array, bool]:
+    """Each member of an ensemble for itself."""
+    axes = [0 if is_batched else None for is_batched in batched]
+    return jax.vmap(_bad_apart, in_axes=axes)(*leaves), True
