@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 import pytest
+from processes.launching import Launch, launch
 
 HERE = Path(__file__).parent
 
@@ -84,3 +85,17 @@ def pytest_ignore_collect(collection_path, config):
     needed[HERE / "ecosystem_torch"] = {"torch-ecosystem"}
     chosen = {*config.adapters, *config.ecosystems}
     return True if needed.get(collection_path, set()) - chosen else None
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory):
+    """What the checks of a launch came to."""
+    folder = tmp_path_factory.mktemp("processes")
+    done: dict[Launch, dict[str, str | None]] = {}
+
+    def of(which: Launch) -> dict[str, str | None]:
+        if which not in done:
+            done[which] = launch(which, folder)
+        return done[which]
+
+    return of

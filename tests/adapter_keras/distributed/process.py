@@ -1,19 +1,14 @@
-"""What each process of a launch does: checks, one after the other.
-
-Where there are several processes the first failure ends it: what one of them did not do, the
-others would wait for.
-"""
+"""A process of a launch, on any backend of Keras."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
-import traceback
 import warnings
 from pathlib import Path
-from typing import Any
+
+from processes.running import run
 
 
 def prepare(backend: str, rank: int, world: int) -> None:
@@ -34,21 +29,6 @@ def prepare(backend: str, rank: int, world: int) -> None:
         keras.utils.set_random_seed(0)
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         keras.distribution.initialize(address, world, rank)
-
-
-def run(checks: dict[str, Any], results: Path) -> int:
-    """Runs the checks and writes down how each went on this process."""
-    went: dict[str, str | None] = dict.fromkeys(checks, "not run: an earlier check failed")
-    for name, check in checks.items():
-        try:
-            check()
-            went[name] = None
-        except BaseException:  # pytest's failures are no Exception
-            went[name] = traceback.format_exc()
-        results.write_text(json.dumps(went))
-        if went[name] and int(os.environ["WORLD_SIZE"]) > 1:
-            break
-    return int(any(went.values()))
 
 
 if __name__ == "__main__":

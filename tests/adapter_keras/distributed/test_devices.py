@@ -7,41 +7,20 @@ check of it is a test here.
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import pytest
-from adapter_keras.distributed.launching import Launch, launch
+from processes.launching import Launch, cases
 
+FOLDER = "adapter_keras.distributed"
 LAUNCHES = {
-    "jax": [Launch("jax_devices", "jax", 1, 8), Launch("jax_processes", "jax", 2, 2)],
-    "tensorflow": [Launch("tf_strategies", "tensorflow", 1, 1)],
-    "torch": [Launch("torch_ranks", "torch", 2, 1)],
+    "jax": [Launch(FOLDER, "jax_devices", 1, 8), Launch(FOLDER, "jax_processes", 2, 2)],
+    "tensorflow": [Launch(FOLDER, "tf_strategies", 1, 1)],
+    "torch": [Launch(FOLDER, "torch_ranks", 2, 1)],
 }[os.environ["KERAS_BACKEND"]]
 
 
-def checks(which: Launch) -> list[str]:
-    return [*importlib.import_module(f"adapter_keras.distributed.{which.module}").CHECKS]
-
-
-@pytest.fixture(scope="session")
-def launched(tmp_path_factory):
-    """What the checks of a launch came to."""
-    folder = tmp_path_factory.mktemp("processes")
-    done: dict[Launch, dict[str, str | None]] = {}
-
-    def of(which: Launch) -> dict[str, str | None]:
-        if which not in done:
-            done[which] = launch(which, folder)
-        return done[which]
-
-    return of
-
-
-@pytest.mark.parametrize(
-    ("which", "name"),
-    [pytest.param(w, name, id=f"{w.module}-{name}") for w in LAUNCHES for name in checks(w)],
-)
+@pytest.mark.parametrize(("which", "name"), cases(LAUNCHES))
 def test_devices(launched, which, name):
     fault = launched(which)[name]
     assert fault is None, fault

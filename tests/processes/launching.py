@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[3]
+import pytest
+
+ROOT = Path(__file__).parents[2]
 SECONDS = 400  # a hang is a failure, and a machine may be slow
 
 
@@ -19,16 +22,25 @@ class Launch(NamedTuple):
     """Processes that run the checks of one module.
 
     Attributes:
+      folder: of tests, as a package, with a module ``process`` that is what is run.
       module: in this folder, with a dict CHECKS.
-      backend: that Keras runs on.
       processes: how many, which talk over gloo.
       devices: CPU devices of each.
     """
 
+    folder: str
     module: str
-    backend: str
     processes: int
     devices: int
+
+
+def cases(launches: list[Launch]) -> list[Any]:
+    """Parameters of a test: every check of every launch."""
+    return [
+        pytest.param(what, name, id=f"{what.module}-{name}")
+        for what in launches
+        for name in importlib.import_module(f"{what.folder}.{what.module}").CHECKS
+    ]
 
 
 def launch(what: Launch, folder: Path) -> dict[str, str | None]:
@@ -37,7 +49,6 @@ def launch(what: Launch, folder: Path) -> dict[str, str | None]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
-        "KERAS_BACKEND": what.backend,
         # Most of the time goes into compiling, for models that take no time to run.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={what.devices} "
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
@@ -54,7 +65,7 @@ def launch(what: Launch, folder: Path) -> dict[str, str | None]:
         told = folder / f"{what.module}-{rank}"
         with told.with_suffix(".txt").open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "adapter_keras.distributed.process", what.module, str(told)],
+                [sys.executable, "-m", f"{what.folder}.process", what.module, str(told)],
                 env={**environment, "RANK": str(rank)},
                 cwd=folder,
                 stdout=output,
