@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from swa_core import Rule, SWAConfig, SWAState, Uniform
+from swa_core import Rule, StateError, SWAConfig, SWAState, Uniform
 from swa_optax import reading
 from swa_optax.agreeing import finite_everywhere
 from swa_optax.checking import (
@@ -17,11 +17,12 @@ from swa_optax.checking import (
     expect_something_to_average,
     expect_state,
     refuse_deleted,
+    refuse_shapes_alone,
 )
 from swa_optax.counting import counter, increment
 from swa_optax.matching import parameters_now
 from swa_optax.memory import MemoryKind, check_memory_kind, to_host
-from swa_optax.mixing import Leaves, mixed, total_after
+from swa_optax.mixing import mixed, total_after
 from swa_optax.paths import Tree, average_dtype, is_averaged, leaves
 
 
@@ -110,29 +111,35 @@ def accumulate(
         rule = SWAConfig.from_dict({"rule": rule}).rule
     if nonfinite not in ("skip", "keep"):
         raise ValueError(f'nonfinite must be "skip" or "keep", got {nonfinite!r}')
-    expect_parameters(params, "accumulate(state, params)")
-    state = expect_state(reading.find_state(state))
-    held = jax.tree.structure(state.average)
-    counters, old = state._replace(average=None), jax.tree.leaves(state.average)
-    counters, average = _joined(counters, old, parameters_now(state, params), rule, nonfinite)
-    return counters._replace(average=jax.tree.unflatten(held, average))
+    try:
+        state = reading.find_state(state)
+    except StateError:
+        expect_parameters(params, "accumulate(state, params)")
+        raise
+    refuse_shapes_alone("n_averaged", state.n_averaged)
+    try:
+        return _joined(state, params, rule, nonfinite)
+    except RuntimeError:
+        refuse_deleted(state._asdict() | leaves(state.average), "cannot average")
+        raise
 
 
-@partial(jax.jit, donate_argnums=(0, 1), static_argnums=(3, 4))
-def _joined(
-    state: SWAState, old: Leaves, new: Leaves, rule: Rule, nonfinite: str
-) -> tuple[SWAState, Leaves]:
+@partial(jax.jit, donate_argnums=0, static_argnums=(2, 3))
+def _joined(state: SWAState, params: Tree, rule: Rule, nonfinite: str) -> SWAState:
+    # Compared when traced: at every call it would take longer than the snapshot of small leaves.
+    state = expect_state(state)
+    new = parameters_now(state, params)
+    old, structure = jax.tree.flatten(state.average)
     n = increment(state.n_averaged)
     average, total = mixed(rule, old, new, n), total_after(rule, n)
-    count = state._replace(n_updates=increment(state.n_updates))
-    if nonfinite == "keep":
-        return count._replace(n_averaged=n, total=total), average
-    taken = finite_everywhere(new, state.n_updates)
-    return (
-        count._replace(
-            n_averaged=jnp.where(taken, n, state.n_averaged),
-            n_skipped=jnp.where(taken, state.n_skipped, increment(state.n_skipped)),
-            total=jnp.where(taken, total, state.total),
-        ),
-        [jnp.where(taken, mix, leaf) for mix, leaf in zip(average, old, strict=True)],
+    taken = jnp.array(True)
+    if nonfinite == "skip":
+        taken = finite_everywhere(new, state.n_updates)
+        average = [jnp.where(taken, mix, leaf) for mix, leaf in zip(average, old, strict=True)]
+    return SWAState(
+        n_updates=increment(state.n_updates),
+        n_averaged=jnp.where(taken, n, state.n_averaged),
+        n_skipped=jnp.where(taken, state.n_skipped, increment(state.n_skipped)),
+        total=jnp.where(taken, total, state.total),
+        average=jax.tree.unflatten(structure, average),
     )

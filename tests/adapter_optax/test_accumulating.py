@@ -15,6 +15,7 @@ from swa_core import init as core_init
 from swa_core import update as core_update
 from swa_optax import (
     accumulate,
+    accumulating,
     averaged_params,
     finalize,
     init,
@@ -25,6 +26,7 @@ from swa_optax import (
     swa,
 )
 from swa_optax.accumulating import _joined
+from swa_optax.matching import parameters_now
 
 
 def visited(n, dtype=jnp.float32, seed=0):
@@ -88,20 +90,30 @@ def test_one_compilation_without_a_condition_and_with_all_of_the_average_donated
         assert not params["kernel"].is_deleted()
     assert _joined._cache_size() == 1
 
+    for nonfinite in ("keep", "skip"):
+        text = _joined.lower(state, params, Uniform(), nonfinite).compile().as_text()
+        # Under a condition is only the second look at weights whose sum is not finite.
+        conditions = re.findall(r"= (.*?) conditional\(", text)
+        assert conditions == ["(pred[])"] * (nonfinite == "skip")
+        aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text)[1]
+        assert aliases.count("alias") == 4 + len(jax.tree.leaves(state.average))  # counters, leaves
 
-@pytest.mark.parametrize("nonfinite", ["keep", "skip"])
-def test_nothing_is_copied_under_a_condition(nonfinite):
-    state = init(next(visited(1)))
-    old = jax.tree.leaves(state.average)
-    new = [jnp.ones_like(leaf) for leaf in old]
-    counters = state._replace(average=None)
-    text = _joined.lower(counters, old, new, Uniform(), nonfinite).compile().as_text()
-    aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text)[1]
-    # Every leaf and all counters; "keep" does not read the old total.
-    assert aliases.count("alias") == len(old) + (4 if nonfinite == "skip" else 3)
-    # "skip" looks a second time where a sum of finite weights may have overflowed; that is all.
-    conditionals = re.findall(r"= (\S+) conditional\(", text)
-    assert conditionals == ([] if nonfinite == "keep" else ["(pred[])"])
+
+def test_the_parameters_are_held_against_the_average_when_traced(monkeypatch):
+    looked = []
+    monkeypatch.setattr(
+        accumulating,
+        "parameters_now",
+        lambda *arguments: looked.append(1) or parameters_now(*arguments),
+    )
+    _joined.clear_cache()
+    state = init({"w": jnp.zeros(3)})
+    for _ in range(3):
+        state = accumulate(state, {"w": jnp.ones(3)})
+    assert len(looked) == 1
+    with pytest.raises(StructureError, match="'w'"):
+        accumulate(state, {"w": jnp.ones(4)})
+    assert n_averaged(accumulate(state, {"w": jnp.ones(3)})) == 4  # nothing was donated
 
 
 def test_inside_of_a_scan_and_a_train_state_of_ones_own():
