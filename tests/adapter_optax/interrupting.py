@@ -89,10 +89,12 @@ def functions(name):
     return init, jax.jit(step), scan
 
 
-def inputs():
+def inputs(updates=UPDATES):
     """What each update is made of: a number for the gradients, and whether they explode."""
-    numbers = np.random.default_rng(1).standard_normal(UPDATES).astype(np.float32)
-    return jnp.asarray(numbers), jnp.isin(jnp.arange(1, UPDATES + 1), jnp.asarray(BAD))
+    numbers = np.random.default_rng(1).standard_normal(updates).astype(np.float32)
+    update = np.arange(1, updates + 1)
+    bad = np.isin(update % UPDATES, BAD)
+    return jnp.asarray(numbers), jnp.asarray(bad)
 
 
 @functools.cache
@@ -103,6 +105,15 @@ def stages(name):
     for x in zip(*inputs(), strict=True):
         run.append(step(run[-1], x))
     return run
+
+
+def uninterrupted(name, updates):
+    """The end of a longer run."""
+    init, step, _ = functions(name)
+    stage = init()
+    for x in zip(*inputs(updates), strict=True):
+        stage = step(stage, x)
+    return stage
 
 
 def gone_on(name, stage, at):
