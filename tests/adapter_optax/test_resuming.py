@@ -118,7 +118,7 @@ def test_the_uninterrupted_runs_skip_some_snapshots_and_take_others(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @given(st.integers(0, UPDATES - 1), st.sampled_from(sorted(FORMS)))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_resumed_at_any_update_it_is_the_uninterrupted_run(name, at, form):
     stage = stages(name)[at]
     resumed = FORMS[form](stage, functions(name)[0](seed=1), name)
