@@ -28,8 +28,8 @@ def save_average(
 
     Args:
       path: the file, by custom ``*.safetensors``; replaced if it is there.
-      opt_state: the state of an optimizer with ``swa`` in it, of any nesting. Its arrays have to be
-        on this host.
+      opt_state: the state of an optimizer with ``swa`` in it, of any nesting. Arrays on the devices
+        of several processes are gathered: all of them have to call this, and each writes the file.
       config: what it was made with.
       schedule: of the training (``config.schedule(...)``); who goes on is held to it.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from swa_core import BatchNormError
 from swa_optax.paths import Path, Tree, average_dtype, leaves
+from swa_optax.placing import fetched
 
 Apply = Callable[[Tree, Any], Tree]
 Arrays = dict[Path, Any]
@@ -50,7 +51,7 @@ class Probe:
         """The statistics of a batch, float64."""
         found = {}
         for path, near, far in zip(self.shares, *started, strict=True):
-            near, far = np.float64(near), np.float64(far)
+            near, far = np.float64(fetched(near)), np.float64(fetched(far))
             momentum = 1 - self.shares[path]
             if (np.abs(far - near - momentum * _FAR) > 1e-3 * (_FAR + np.abs(near))).any():
                 raise BatchNormError(
@@ -135,6 +136,6 @@ def _as_written(path: Path, momentum: jax.Array) -> Any:
             f"'{path}' is kept in {momentum.dtype}, too coarse to tell its momentum.",
             hint="keep the running statistics in float32.",
         )
-    values, inverse = np.unique(np.asarray(momentum), return_inverse=True)
+    values, inverse = np.unique(fetched(momentum), return_inverse=True)
     exact = np.array([float(str(value)) for value in values])
     return exact[inverse].reshape(momentum.shape)

@@ -15,8 +15,9 @@ from swa_core.saving import header, read_header
 from swa_optax.checking import expect_state, is_state, refuse_tracing
 from swa_optax.counting import counted
 from swa_optax.paths import Tree, leaves
-from swa_optax.placing import placed_like
-from swa_optax.reading import find_state, refuse_ensemble
+    counts = [*map(np.asarray, map(counted, found[:3])), np.float32(found.total)]
+    counters = map(placed_like, counts, jax.tree.leaves(now[:4]), [c.dtype for c in counts])
+    arrays = [*counters, *average]
 
 
 def state_to_dict(
@@ -29,7 +30,8 @@ def state_to_dict(
     this form can tell on loading whether schedule and rule are still the same.
 
     Args:
-      opt_state: the state of an optimizer with ``swa`` in it, of any nesting.
+      opt_state: the state of an optimizer with ``swa`` in it, of any nesting. Arrays on the devices
+        of several processes are gathered whole in each: all of them have to call this.
       schedule: saved too (``config.schedule(...)``), so that loading into another one is refused.
       rule: likewise (``config.rule``).
 
@@ -97,8 +99,14 @@ def restored(opt_state: Tree, now: SWAState, found: SWAState) -> Tree:
     """
     own = named(now.average)
     average = [placed_like(found.average[path], own[path]) for path in own]
+<<<<<<< HEAD
     counters = [counted(count) for count in found[:3]]
     arrays = [*counters, jnp.array(found.total, jnp.float32), *average]
+=======
+    dtypes = (jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+    counters = map(placed_like, found[:4], jax.tree.leaves(now[:4]), dtypes)
+    arrays = [*counters, *average]
+>>>>>>> 5fda745 (wip)
 
     def restore(part: Any) -> Any:
         # By its structure, which in an nnx.Optimizer has variables around the arrays.
@@ -108,7 +116,7 @@ def restored(opt_state: Tree, now: SWAState, found: SWAState) -> Tree:
 
 
 def _by_name(average: Tree) -> dict[str, Any]:
-    return {path: np.array(leaf) for path, leaf in named(average).items()}
+    return {path: fetched(leaf) for path, leaf in named(average).items()}
 
 
 def named(average: Tree) -> dict[str, Any]:
