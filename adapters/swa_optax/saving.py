@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from swa_core import Rule, Schedule, StateError, SWAState
@@ -15,9 +14,8 @@ from swa_core.saving import header, read_header
 from swa_optax.checking import expect_state, is_state, refuse_tracing
 from swa_optax.counting import counted
 from swa_optax.paths import Tree, leaves
-    counts = [*map(np.asarray, map(counted, found[:3])), np.float32(found.total)]
-    counters = map(placed_like, counts, jax.tree.leaves(now[:4]), [c.dtype for c in counts])
-    arrays = [*counters, *average]
+from swa_optax.placing import fetched, placed_like
+from swa_optax.reading import find_state, refuse_ensemble
 
 
 def state_to_dict(
@@ -38,6 +36,7 @@ def state_to_dict(
     Raises:
       StateError: the state holds no average, or several; or two leaves have the same path.
 
+    >>> import jax.numpy as jnp
     >>> state_to_dict(SWAState(7, 2, 0, 2.0, {"w": jnp.zeros(1)}))["average"]
     {'w': array([0.], dtype=float32)}
     """
@@ -70,6 +69,7 @@ def state_from_dict(
       StateError: truncated, damaged, newer, or of another schedule or rule.
       StructureError: of other parameters.
 
+    >>> import jax.numpy as jnp
     >>> saved = state_to_dict(SWAState(7, 2, 0, 2.0, {"w": jnp.ones(1)}))
     >>> empty = SWAState(0, 0, 0, 0.0, {"w": jnp.zeros(1)})
     >>> state_from_dict(saved, empty).average
@@ -99,14 +99,10 @@ def restored(opt_state: Tree, now: SWAState, found: SWAState) -> Tree:
     """
     own = named(now.average)
     average = [placed_like(found.average[path], own[path]) for path in own]
-<<<<<<< HEAD
-    counters = [counted(count) for count in found[:3]]
-    arrays = [*counters, jnp.array(found.total, jnp.float32), *average]
-=======
-    dtypes = (jnp.int32, jnp.int32, jnp.int32, jnp.float32)
-    counters = map(placed_like, found[:4], jax.tree.leaves(now[:4]), dtypes)
+    counts = [*map(np.asarray, map(counted, found[:3])), np.float32(found.total)]
+    # Where those lie that they replace: a compiled step that took them takes these.
+    counters = map(placed_like, counts, jax.tree.leaves(now[:4]), [c.dtype for c in counts])
     arrays = [*counters, *average]
->>>>>>> 5fda745 (wip)
 
     def restore(part: Any) -> Any:
         # By its structure, which in an nnx.Optimizer has variables around the arrays.

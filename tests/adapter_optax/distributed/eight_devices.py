@@ -1,7 +1,7 @@
-"""All checks of one process with eight devices."""
+"""All checks of one process with eight devices: what costs is to start it."""
 
 from __future__ import annotations
 
-from adapter_optax.distributed import sharded
+from adapter_optax.distributed import batch_statistics, mapped, sharded, stored
 
-CHECKS = {**sharded.CHECKS}
+CHECKS = {**sharded.CHECKS, **mapped.CHECKS, **stored.CHECKS, **batch_statistics.CHECKS}

@@ -69,15 +69,15 @@ def check_orbax_restores_on_another_mesh() -> None:
     whole = trained("line")
     before = trained("line", last=3)
     with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
-        for number, kind in enumerate(("grid", "one", "line")):
+        for number, kind in enumerate(("grid", "one")):
             checkpointer.save(f"{folder}/{number}", before)
             checkpointer.wait_until_finished()
             target = where(kind)
             before = checkpointer.restore(f"{folder}/{number}", target)
             lies_as(before[0], shardings(mesh_of(kind)))
             lies_as(before[1][1].average, shardings(mesh_of(kind)))
-            # Every update on a mesh of its own: 4 on 4 x 2 devices, 5 on one, 6 on 8.
-            before = trained(kind, 3 + number, 4 + number, before)
+            # Update 4 on 4 x 2 devices, 5 and 6 on one.
+            before = trained(kind, 3 + number, 4 + 2 * number, before)
     assert n_averaged(before[1]) == 3
     same_bits(host(before), host(whole))
 

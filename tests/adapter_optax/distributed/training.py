@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import swa_core
@@ -19,7 +20,15 @@ from swa_optax import swa
 P = PartitionSpec
 CONFIG = SWAConfig(start="2step", every="2step", rule=EMA(0.75))
 UPDATES = 6  # snapshots 2, 4, 6
-SHAPES = {"line": ((8,), ("data",)), "grid": ((4, 2), ("data", "model")), "one": ((1,), ("data",))}
+SHAPES = {
+    "line": ((8,), ("data",)),
+    "grid": ((4, 2), ("data", "model")),
+    "one": ((1,), ("data",)),
+    # Two processes with two devices each: in the first, the rows lie in both; in the second, the
+    # columns do.
+    "pairs": ((4,), ("data",)),
+    "across": ((2, 2), ("data", "model")),
+}
 SPECS = {
     "both": P("data", "model"),
     "turned": P("model", "data"),
@@ -36,6 +45,8 @@ SPECS = {
 def mesh_of(kind: str, mode: str = "Auto") -> Mesh:
     shape, names = SHAPES[kind]
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    if kind == "across":
+        devices = devices.T
     return Mesh(devices, names, axis_types=(getattr(AxisType, mode),) * len(names))
 
 
@@ -70,7 +81,12 @@ def placed(mesh: Mesh, tree: dict[str, Any] | None = None) -> dict[str, jax.Arra
     """The parameters on the devices of a mesh."""
     tree = values() if tree is None else tree
     where = shardings(mesh)
-    return {name: jax.device_put(leaf, where[name]) for name, leaf in tree.items()}
+    return {
+        name: jax.make_array_from_callback(
+            np.shape(leaf), where[name], np.asarray(leaf).__getitem__
+        )
+        for name, leaf in tree.items()
+    }
 
 
 def optimizer(config: SWAConfig = CONFIG, **arguments: Any) -> Any:
@@ -92,8 +108,15 @@ def inputs(updates: int = UPDATES) -> Any:
     return np.random.default_rng(1).normal(size=updates).astype("f4")
 
 
+def whole(leaf: Any) -> Any:
+    """An array in this process's memory, gathered if several have a part of it."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
 def host(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(whole, tree)
 
 
 def cores(recorded: list[Any]) -> SWAState:
@@ -109,7 +132,7 @@ def is_the_cores(state: SWAState, recorded: list[Any]) -> None:
     assert int(state.n_averaged) == expected.n_averaged > 0
     for name, leaf in expected.average.items():
         np.testing.assert_allclose(
-            np.asarray(state.average[name]), leaf, rtol=2e-6, atol=1e-7, err_msg=name
+            whole(state.average[name]), leaf, rtol=2e-6, atol=1e-7, err_msg=name
         )
 
 
@@ -127,14 +150,14 @@ def lies_as(tree: Any, like: Any) -> None:
 def same_bits(actual: Any, expected: Any) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for got, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        got, wanted = np.asarray(got), np.asarray(wanted)
+        got, wanted = whole(got), whole(wanted)
         assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
         assert got.tobytes() == wanted.tobytes()
 
 
 def with_nan(leaf: jax.Array, device: Any) -> np.ndarray[Any, Any]:
     """A leaf with a NaN in the last place of what one device has of it."""
-    array = np.array(leaf)
+    array = whole(leaf).copy()
     place = leaf.sharding.devices_indices_map(leaf.shape)[device]
     part = array[place]
     array[place] = np.where(np.arange(part.size).reshape(part.shape) == part.size - 1, np.nan, part)
