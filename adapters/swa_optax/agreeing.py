@@ -95,17 +95,28 @@ _bad_on_all_devices = custom_partitioning(_bad)
 
 
 def _partition(mesh: Mesh, leaves: Any, bad: Any) -> tuple[Any, ...]:
-    """What each device does, and how the leaves are sharded: as they come."""
-    shardings = tuple(leaf.sharding for leaf in leaves)
-    devices = shardings[0]._device_assignment if mesh.empty else mesh.devices.flat
+    """What each device does, and how the leaves are sharded for it: as they come."""
+    devices = leaves[0].sharding._device_assignment if mesh.empty else mesh.devices.flat
     everywhere = Mesh(np.array([*devices]), ("devices",))
+    whole = NamedSharding(everywhere, PartitionSpec())
+    # An uneven shard is filled up with whatever was there, which may be NaN. Parameters are even;
+    # XLA may divide what they are computed from otherwise.
+    shardings = tuple(leaf.sharding if _is_even(leaf) else whole for leaf in leaves)
     is_sharded = not all(sharding.is_fully_replicated for sharding in shardings)
 
     def on_each_device(*leaves: jax.Array) -> jax.Array:
         bad = _bad(*leaves)
         return lax.pmax(bad, "devices") if is_sharded else bad
 
-    return everywhere, on_each_device, NamedSharding(everywhere, PartitionSpec()), shardings
+    return everywhere, on_each_device, whole, shardings
+
+
+def _is_even(leaf: Any) -> bool:
+    try:
+        leaf.sharding.shard_shape(leaf.shape)
+    except ValueError:
+        return False
+    return True
 
 
 def _replicated(mesh: Mesh, leaves: Any, bad: Any) -> NamedSharding:

@@ -181,6 +181,28 @@ def check_a_nan_on_any_device_is_seen_by_all(kind: str, mode: str) -> None:
     assert n_averaged(update(state, params)) == 1
 
 
+def check_what_fills_up_uneven_shards_is_no_parameter(kind: str, mode: str) -> None:
+    """XLA takes rows of 8, in even shards, and leaves infinite ones behind those that it needs."""
+    del mode  # explicit shardings are always even
+    where = NamedSharding(mesh_of(kind), P("data"))
+    tx = swa(EVERY)
+    for rows in (5, 6):
+        params = {"w": jnp.zeros(rows)}
+
+        @jax.jit
+        def update(state: Any, params: Any, exponents: Any) -> Any:
+            updates = {"w": jnp.exp(exponents)[: params["w"].shape[0]]}
+            updates, state = tx.update(updates, state, params)
+            return state, optax.apply_updates(params, updates)
+
+        exponents = jax.device_put(np.where(np.arange(8) < rows, 0, 1000).astype("f4"), where)
+        state, after = update(tx.init(params), params, exponents)
+        assert (n_averaged(state), n_skipped(state)) == (1, 0)
+        same_bits(host(state.average), host(after))
+        exponents = jax.device_put(np.where(np.arange(8) < rows - 1, 0, 1000).astype("f4"), where)
+        assert n_skipped(update(tx.init(params), params, exponents)[0]) == 1
+
+
 def check_inside_of_a_scan(kind: str, mode: str) -> None:
     tx, params = optimizer(), placed(mesh_of(kind, mode))
 
@@ -203,11 +225,12 @@ def within(kind: str, mode: str, is_set: bool, check: Any) -> None:
 
 
 ALL = [check for name, check in list(globals().items()) if name.startswith("check_")]
+OF_THE_COMPILER = [check_what_fills_up_uneven_shards_is_no_parameter]
 RUNS = {
     "line": ("line", "Auto", False, ALL),
     "grid": ("grid", "Auto", False, ALL),
     "grid-explicit": ("grid", "Explicit", False, ALL[:2]),
-    "grid-explicit-set": ("grid", "Explicit", True, ALL),
+    "grid-explicit-set": ("grid", "Explicit", True, [c for c in ALL if c not in OF_THE_COMPILER]),
 }
 CHECKS = {
     f"{run}-{check.__name__.removeprefix('check_')}": partial(within, *where, check)
