@@ -7,16 +7,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.tree_util import Partial
 
 from swa_core import BatchNormError, SWAWarning
 from swa_optax.batches import Size, weighted
+from swa_optax.nnx_batch_norm import Forward, functional, numbered, put_back
 from swa_optax.paths import Path, Tree, averaged_leaves, map_with_path
 from swa_optax.placing import placed_like
 from swa_optax.probing import Apply, Arrays, Probe
+from swa_optax.variables import is_model
 
 
 def update_bn(
-    apply: Apply, batch_stats: Tree, data: Iterable[Any], *, size: Size | None = None
+    apply: Apply | Forward, batch_stats: Tree, data: Iterable[Any], *, size: Size | None = None
 ) -> Tree:
     """The statistics of the pooled data for every batch-norm layer of a model.
 
@@ -26,28 +29,37 @@ def update_bn(
     data; the variance is the biased one, as in flax. (The average of the batches' variances,
     which momentum would give, is another number.)
 
-    A layer keeps ``momentum * old + (1 - momentum) * of_the_batch``. The momentum is found by
-    differentiating by ``old``, and what the layer makes of old statistics of zero then gives
-    those of the batch. Layers that do not move (in evaluation mode) are frozen, and left alone,
-    as is everything in the collection that is no pair ``mean`` and ``var``.
+    A layer keeps ``momentum * old + (1 - momentum) * of_the_batch``. Old statistics of zero give
+    what it makes of the batch, and very large ones its momentum; both come out of one forward.
+    Layers that do not move (in evaluation mode) are frozen, and left alone, as is everything in
+    the collection that is no pair ``mean`` and ``var``.
 
     Args:
       apply: one forward in training mode: ``(batch_stats, batch) -> new batch_stats``. It is
-        compiled at each call of ``update_bn``, with the parameters it closes over as constants.
-        A large model is better given as ``jax.tree_util.Partial(function, params)``, which is
-        compiled once for all ``params``.
-      batch_stats: the collection, as flax keeps it: a tree with leaves ``mean`` and ``var``.
+        compiled at each call of ``update_bn``, once for each shape of batch, with the parameters
+        it closes over as constants. A large model is better given as
+        ``jax.tree_util.Partial(function, params)``, which is compiled once for all ``params``.
+        With a model of flax nnx, ``(model, batch) -> anything``; a Partial of such a function,
+        too, is compiled once. It gets copies of the model, whose parameters are no constants.
+      batch_stats: the collection, as flax keeps it: a tree with leaves ``mean`` and ``var``. Or a
+        model of flax nnx. Where all its batch-norm layers are in evaluation mode, the copies are
+        set to ``train()``; where some are, those are frozen. Dropout draws other numbers for each
+        batch.
       data: the batches, each a tree of arrays.
       size: the number of elements that each layer averages over in a batch, or anything
-        proportional to it [batch -> number >= 0]. The default is the length of the first axis,
-        exact as long as all other axes have the same lengths in all batches, which is checked.
+        proportional to it [batch -> number >= 0]: with a mask, how many it lets through. The
+        default is the length of the first axis, exact as long as all other axes have the same
+        lengths in all batches, which is checked.
 
     Returns:
-      The collection with the new statistics, in the structure and dtypes of ``batch_stats``.
+      The collection with the new statistics, in the structure and dtypes of ``batch_stats``. Or
+      the model that was given, which has them now, and nothing else that is new: no random
+      number is used up, no flag set. Whatever is raised, it is as it was.
 
     Raises:
       BatchNormError: no data; batches whose size cannot be told; ``apply`` returned another
-        structure, does not train or keeps no running mean; statistics with NaN or Inf.
+        structure, does not train, keeps no running mean or runs a layer twice; statistics with
+        NaN or Inf; inside of jit.
 
     Source:
       Chan, Golub & LeVeque 1979, Updating formulae and a pairwise algorithm for computing sample
@@ -62,17 +74,39 @@ def update_bn(
     >>> jax.tree.map(lambda leaf: round(float(leaf[0]), 4), update_bn(apply, stats, batches))
     {'mean': 3.0, 'var': 8.6667}
     """
-    pairs = _pairs(batch_stats)
+    if is_model(batch_stats):
+        forward, stats = functional(apply, batch_stats)
+        batches = numbered(weighted(data, size))
+    else:
+        forward = apply if isinstance(apply, Partial) else Partial(apply)
+        stats, batches = batch_stats, weighted(data, size)
+    pairs = _pairs(stats)
     if not pairs:
+        holder = "collection" if stats is batch_stats else "model"
         warnings.warn(
-            "update_bn has nothing to do: the collection has no leaves 'mean' and 'var'.",
+            f"update_bn has nothing to do: the {holder} has no statistics 'mean' and 'var'.",
             SWAWarning,
             stacklevel=2,
         )
         return batch_stats
-    probe = Probe(apply, batch_stats, [path for pair in pairs for path in pair])
+    paths = [path for pair in pairs for path in pair]
+    probe = Probe(forward, stats, paths, keep=isinstance(apply, Partial))
+    new = _recomputed(probe, pairs, batches)
+    stats = map_with_path(
+        lambda path, leaf: placed_like(new[path], leaf) if path in new else leaf, stats
+    )
+    if not is_model(batch_stats):
+        return stats
+    put_back(batch_stats, stats)
+    return batch_stats
+
+
+def _recomputed(
+    probe: Probe, pairs: list[tuple[Path, Path]], batches: Iterable[tuple[float, Any]]
+) -> Arrays:
+    """Mean and variance of the pooled data for the layers that move, float64."""
     pooled: dict[Path, _Pooled] = {}
-    for weight, of_batch in _each(probe, weighted(data, size)):
+    for weight, of_batch in _each(probe, batches):
         for mean, var in pairs:
             if mean in of_batch:
                 before = pooled.get(mean, _NOTHING)
@@ -87,9 +121,7 @@ def update_bn(
                 f"the new statistics '{path}' hold NaN or Inf.",
                 hint="look for them in the data and in the averaged parameters.",
             )
-    return map_with_path(
-        lambda path, leaf: placed_like(new[path], leaf) if path in new else leaf, batch_stats
-    )
+    return new
 
 
 class _Pooled(NamedTuple):

@@ -9,51 +9,72 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from swa_core import BatchNormError
+from swa_optax.dependence import chains
 from swa_optax.paths import Path, Tree, average_dtype, leaves
 from swa_optax.placing import fetched
 
 Apply = Callable[[Tree, Any], Tree]
 Arrays = dict[Path, Any]
 
-# Far above any statistic, and a power of two, so that multiplying by it rounds nothing away.
+# Old statistics far above any that a batch gives, powers of two, so that multiplying by them rounds
+# nothing away. At the farthest nothing of the batch is left in the sum: it tells the momentum, to
+# the last bit. A layer for which the other gives another momentum keeps no running average.
 _FAR = 2.0**20
+_FARTHEST = {4: 2.0**60, 8: 2.0**300}  # by the size of a number in bytes
 
 
 class Probe:
     """What the layers make of a batch, told apart from what they remember.
 
-    With ``new = m old + (1 - m) of_the_batch``, m is the derivative by ``old``, and old statistics
-    of zero give ``(1 - m) of_the_batch``.
+    With ``new = m old + (1 - m) of_the_batch``, old statistics of zero give ``(1 - m)
+    of_the_batch``, and very large ones m. (Not the derivative by ``old``, which a layer may stop.)
+
+    Args:
+      apply: the forward; its arguments are those of the compiled functions.
+      stats: the collection.
+      paths: of the statistics in it.
+      keep: whether what is compiled is kept for the next call with an equal ``apply``.
     """
 
-    def __init__(self, apply: Apply, stats: Tree, paths: list[Path]) -> None:
+    def __init__(self, apply: Partial, stats: Tree, paths: list[Path], *, keep: bool) -> None:
         places = {path: place for place, path in enumerate(leaves(stats))}
-        self.places = {path: places[path] for path in paths}
+        self.apply = apply
         self.stats = stats
+        self.places = {path: places[path] for path in paths}
         self.shares: Arrays = {}  # 1 - m, of those that move
-        if isinstance(apply, jax.tree_util.Partial):
-            self.momenta = partial(_compiled_momenta, apply)
-            self.measured = partial(_compiled_measured, apply)
-        else:
-            # A function is traced anew for each Probe: it may close over other parameters by now.
-            self.momenta = jax.jit(partial(_momenta, apply), static_argnums=2)
-            self.measured = jax.jit(partial(_measured, apply), static_argnums=2)
+        self.moved, self.measured = (_moved, _measured) if keep else _uncached()
 
     def start(self, batch: Any) -> Any:
         """Starts to compute; ``finish`` waits for the result."""
-        if not self.shares:
-            self.shares = self.find_shares(batch)
-        return self.measured(self.stats, batch, self.moving)
+        if self.shares:
+            return self.measure(batch)
+        self.places = self.find_moving(batch)
+        started = self.measure(batch)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(started)):
+            raise BatchNormError(
+                "update_bn inside of jit cannot pool on the host.",
+                hint="call it outside; it compiles the forward itself.",
+            )
+        self.shares = self.find_shares(started)
+        if len(self.shares) == len(self.places):
+            return started
+        # What frozen layers hold is part of the forward: nothing that was put there is of use.
+        self.places = {path: self.places[path] for path in self.shares}
+        started = self.measure(batch)
+        self.shares = self.find_shares(started)
+        return started
 
     def finish(self, started: Any) -> Arrays:
         """The statistics of a batch, float64."""
         found = {}
-        for path, near, far in zip(self.shares, *started, strict=True):
-            near, far = np.float64(fetched(near)), np.float64(fetched(far))
+        for path, (near, far, _) in zip(self.shares, jax.tree.map(fetched, started), strict=True):
+            rounding = 8 * float(np.finfo(near.dtype).eps)
+            near, far = np.float64(near), np.float64(far)
             momentum = 1 - self.shares[path]
-            if (np.abs(far - near - momentum * _FAR) > 1e-3 * (_FAR + np.abs(near))).any():
+            if (np.abs(far - near - momentum * _FAR) > rounding * (_FAR + np.abs(near))).any():
                 raise BatchNormError(
                     f"'{path}' is no running average: the new value is not momentum * old + "
                     "(1 - momentum) * of_the_batch, with the same momentum for all old values.",
@@ -63,50 +84,71 @@ class Probe:
             found[path] = near / self.shares[path]
         return found
 
-    @property
-    def moving(self) -> tuple[int, ...]:
-        return tuple(self.places[path] for path in self.shares)
+    def measure(self, batch: Any) -> Any:
+        places = tuple(self.places.values())
+        return self.measured(self.moved, self.apply, self.stats, batch, places)
 
-    def find_shares(self, batch: Any) -> Arrays:
-        found = self.momenta(self.stats, batch, tuple(self.places.values()))
-        moving = [path for path, m in zip(self.places, found, strict=True) if (m != 1).any()]
+    def find_moving(self, batch: Any) -> dict[Path, int]:
+        """Those that the forward changes, each of them once."""
+        places = tuple(self.places.values())
+        old = _wide(self.stats, places)
+        traced = jax.make_jaxpr(partial(self.moved, places=places))(
+            self.apply, self.stats, batch, values=old
+        )
+        others = len(traced.jaxpr.invars) - len(old)
+        inputs = [{}] * others + [{place: None} for place in range(len(old))]
+        moving = {}
+        for place, (path, chain) in enumerate(
+            zip(self.places, chains(traced.jaxpr, inputs), strict=True)
+        ):
+            times = chain.get(place, 1)
+            if times is None:
+                continue
+            if times > 1:
+                raise BatchNormError(
+                    f"'{path}' is updated {times} times in one forward: what each of them saw "
+                    "cannot be told from their running average.",
+                    hint="let apply run the layer once: give what it shares (the two views of a "
+                    "siamese network, say) as batches of their own.",
+                )
+            moving[path] = self.places[path]
         if not moving:
-            raise BatchNormError(
-                "the forward changed no running statistics.",
-                hint="apply must run in training mode and return the updated collection.",
-            )
-        if len(moving) < len(self.places):
-            # What frozen layers hold is part of the forward: derivatives by it are no momentum.
-            found = self.momenta(self.stats, batch, tuple(self.places[path] for path in moving))
-        return {path: 1 - _as_written(path, m) for path, m in zip(moving, found, strict=True)}
+            raise _nothing_changed()
+        return moving
+
+    def find_shares(self, started: Any) -> Arrays:
+        found = {}
+        for path, (_, _, farthest) in zip(self.places, jax.tree.map(fetched, started), strict=True):
+            if farthest.dtype.itemsize < 4:
+                raise BatchNormError(
+                    f"'{path}' is kept in {farthest.dtype}, too coarse to tell its momentum.",
+                    hint="keep the running statistics in float32.",
+                )
+            momentum = farthest / _farthest(farthest.dtype)
+            kept = momentum == 1
+            if kept.all():
+                continue
+            if kept.any():
+                raise BatchNormError(
+                    f"'{path}' is frozen in part: some of it moves, and some does not.",
+                    hint="keep frozen layers in arrays of their own.",
+                )
+            found[path] = 1 - _as_written(momentum)
+        if not found:
+            raise _nothing_changed()
+        return found
 
 
-def _momenta(apply: Apply, stats: Tree, batch: Any, places: tuple[int, ...]) -> list[jax.Array]:
-    """The derivatives of the statistics at these places by themselves."""
-    old = _wide(stats, places)
-    moved = partial(_moved, apply, stats, batch, places)
-    return jax.jvp(moved, (old,), ([jnp.ones_like(leaf) for leaf in old],))[1]
+def _nothing_changed() -> BatchNormError:
+    return BatchNormError(
+        "the forward changed no running statistics.",
+        hint="apply must run in training mode, with a momentum below 1, and return the updated "
+        "collection.",
+    )
 
 
-def _measured(
-    apply: Apply, stats: Tree, batch: Any, places: tuple[int, ...]
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """What becomes of statistics of zero, and of very large ones, at these places.
-
-    The forward is the same for both, so the compiler runs it once.
-    """
-    old = _wide(stats, places)
-    near = _moved(apply, stats, batch, places, [jnp.zeros_like(leaf) for leaf in old])
-    far = _moved(apply, stats, batch, places, [jnp.full_like(leaf, _FAR) for leaf in old])
-    return near, far
-
-
-_compiled_momenta = jax.jit(_momenta, static_argnums=3)
-_compiled_measured = jax.jit(_measured, static_argnums=3)
-
-
-def _moved(
-    apply: Apply, stats: Tree, batch: Any, places: tuple[int, ...], values: list[jax.Array]
+def _moved_from(
+    apply: Partial, stats: Tree, batch: Any, *, places: tuple[int, ...], values: list[jax.Array]
 ) -> list[jax.Array]:
     """The new statistics at these places, with these values there before."""
     flat, structure = jax.tree.flatten(stats)
@@ -118,7 +160,45 @@ def _moved(
             f"apply returned {jax.tree.structure(moved)}, but the collection is {structure}.",
             hint='return the new collection only: with flax, changed["batch_stats"].',
         )
-    return [jax.tree.leaves(moved)[place] for place in places]
+    new = jax.tree.leaves(moved)
+    paths = list(leaves(stats))
+    for place in places:
+        if jnp.shape(new[place]) != jnp.shape(flat[place]):
+            raise BatchNormError(
+                f"apply returned '{paths[place]}' with the shape {jnp.shape(new[place])}, but the "
+                f"collection has {jnp.shape(flat[place])}.",
+                hint="apply must return statistics of the shapes it was given.",
+            )
+    return [jnp.asarray(new[place]) for place in places]
+
+
+def _measured_from(
+    moved: Any, apply: Partial, stats: Tree, batch: Any, places: tuple[int, ...]
+) -> list[jax.Array]:
+    """What becomes of statistics of zero, of large and of very large ones, along a first axis.
+
+    Only what depends on the old statistics is mapped over the three; the forward is run once.
+    """
+
+    def levels(leaf: jax.Array) -> jax.Array:
+        three = jnp.array([0.0, _FAR, _farthest(leaf.dtype)], leaf.dtype)
+        return jnp.broadcast_to(three.reshape(3, *[1] * leaf.ndim), (3, *leaf.shape))
+
+    def at(values: list[jax.Array]) -> list[jax.Array]:
+        new: list[jax.Array] = moved(apply, stats, batch, places=places, values=values)
+        return new
+
+    return jax.vmap(at)([levels(leaf) for leaf in _wide(stats, places)])
+
+
+def _uncached() -> tuple[Any, Any]:
+    """The two, compiled anew: a function may close over other parameters by now."""
+    moved = jax.jit(partial(_moved_from), static_argnames="places")
+    return moved, jax.jit(partial(_measured_from), static_argnums=(0, 4))
+
+
+_moved = jax.jit(_moved_from, static_argnames="places")
+_measured = jax.jit(_measured_from, static_argnums=(0, 4))
 
 
 def _wide(stats: Tree, places: tuple[int, ...]) -> list[jax.Array]:
@@ -126,16 +206,15 @@ def _wide(stats: Tree, places: tuple[int, ...]) -> list[jax.Array]:
     return [jnp.asarray(flat[place], average_dtype(flat[place])) for place in places]
 
 
-def _as_written(path: Path, momentum: jax.Array) -> Any:
+def _farthest(dtype: np.dtype[Any]) -> float:
+    return _FARTHEST[np.finfo(dtype).dtype.itemsize]
+
+
+def _as_written(momentum: np.ndarray[Any, Any]) -> Any:
     """The momentum as the shortest decimal that rounds to it, float64.
 
     In float32 ``1 - 0.99`` is off by 3e-6, relative; the number that somebody wrote is not.
     """
-    if momentum.dtype.itemsize < 4:
-        raise BatchNormError(
-            f"'{path}' is kept in {momentum.dtype}, too coarse to tell its momentum.",
-            hint="keep the running statistics in float32.",
-        )
-    values, inverse = np.unique(fetched(momentum), return_inverse=True)
+    values, inverse = np.unique(momentum, return_inverse=True)
     exact = np.array([float(str(value)) for value in values])
     return exact[inverse].reshape(momentum.shape)
