@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 
 from swa_core import BatchNormError, SWAWarning
 from swa_optax.batches import Size, weighted
+from swa_optax.equinox_batch_norm import as_kept, equinox_pairs, is_equinox_state
 from swa_optax.nnx_batch_norm import Forward, functional, numbered, put_back
 from swa_optax.paths import Path, Tree, averaged_leaves, map_with_path
 from swa_optax.placing import placed_like
@@ -41,10 +42,10 @@ def update_bn(
         ``jax.tree_util.Partial(function, params)``, which is compiled once for all ``params``.
         With a model of flax nnx, ``(model, batch) -> anything``; a Partial of such a function,
         too, is compiled once. It gets copies of the model, whose parameters are no constants.
-      batch_stats: the collection, as flax keeps it: a tree with leaves ``mean`` and ``var``. Or a
-        model of flax nnx. Where all its batch-norm layers are in evaluation mode, the copies are
-        set to ``train()``; where some are, those are frozen. Dropout draws other numbers for each
-        batch.
+      batch_stats: the collection, as flax keeps it: a tree with leaves ``mean`` and ``var``; or
+        the ``State`` of a model of Equinox. Or a model of flax nnx: where all its batch-norm
+        layers are in evaluation mode, the copies are set to ``train()``; where some are, those are
+        frozen. Dropout draws other numbers for each batch.
       data: the batches, each a tree of arrays.
       size: the number of elements that each layer averages over in a batch, or anything
         proportional to it [batch -> number >= 0]: with a mask, how many it lets through. The
@@ -92,6 +93,10 @@ def update_bn(
     paths = [path for pair in pairs for path in pair]
     probe = Probe(forward, stats, paths, keep=isinstance(apply, Partial))
     new = _recomputed(probe, pairs, batches)
+    if is_equinox_state(stats):
+        new = {
+            path: as_kept(stats, path, leaf, 1 - probe.shares[path]) for path, leaf in new.items()
+        }
     stats = map_with_path(
         lambda path, leaf: placed_like(new[path], leaf) if path in new else leaf, stats
     )
@@ -147,6 +152,8 @@ _NOTHING = _Pooled(0.0, np.float64(0), np.float64(0))
 
 def _pairs(stats: Tree) -> list[tuple[Path, Path]]:
     """The paths of the means, each with that of its variance."""
+    if is_equinox_state(stats):
+        return equinox_pairs(stats)
     found = averaged_leaves(stats)
     pairs = []
     for mean in found:

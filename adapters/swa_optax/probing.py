@@ -75,12 +75,7 @@ class Probe:
             near, far = np.float64(near), np.float64(far)
             momentum = 1 - self.shares[path]
             if (np.abs(far - near - momentum * _FAR) > rounding * (_FAR + np.abs(near))).any():
-                raise BatchNormError(
-                    f"'{path}' is no running average: the new value is not momentum * old + "
-                    "(1 - momentum) * of_the_batch, with the same momentum for all old values.",
-                    hint="layers that normalise by their running statistics in training (batch "
-                    "renormalisation) cannot be recomputed in one pass.",
-                )
+                raise _no_running_average(path)
             found[path] = near / self.shares[path]
         return found
 
@@ -89,32 +84,32 @@ class Probe:
         return self.measured(self.moved, self.apply, self.stats, batch, places)
 
     def find_moving(self, batch: Any) -> dict[Path, int]:
-        """Those that the forward changes, each of them once."""
+        """Those that the forward changes, each of them once, and by no running average."""
         places = tuple(self.places.values())
         old = _wide(self.stats, places)
         traced = jax.make_jaxpr(partial(self.moved, places=places))(
             self.apply, self.stats, batch, values=old
         )
+        paths = list(self.places)
         others = len(traced.jaxpr.invars) - len(old)
         inputs = [{}] * others + [{place: None} for place in range(len(old))]
-        moving = {}
-        for place, (path, chain) in enumerate(
-            zip(self.places, chains(traced.jaxpr, inputs), strict=True)
-        ):
-            times = chain.get(place, 1)
-            if times is None:
-                continue
+        found = chains(traced.jaxpr, inputs)
+        moving = [place for place, chain in enumerate(found) if chain.get(place, 1) is not None]
+        for place in moving:
+            times = found[place].get(place, 1)
             if times > 1:
                 raise BatchNormError(
-                    f"'{path}' is updated {times} times in one forward: what each of them saw "
-                    "cannot be told from their running average.",
+                    f"'{paths[place]}' is updated {times} times in one forward: what each of them "
+                    "saw cannot be told from their running average.",
                     hint="let apply run the layer once: give what it shares (the two views of a "
                     "siamese network, say) as batches of their own.",
                 )
-            moving[path] = self.places[path]
+            for other in moving:
+                if found[place].get(other, 0) < 0:
+                    raise _no_running_average(paths[place])
         if not moving:
             raise _nothing_changed()
-        return moving
+        return {paths[place]: places[place] for place in moving}
 
     def find_shares(self, started: Any) -> Arrays:
         found = {}
@@ -137,6 +132,15 @@ class Probe:
         if not found:
             raise _nothing_changed()
         return found
+
+
+def _no_running_average(path: Path) -> BatchNormError:
+    return BatchNormError(
+        f"'{path}' is no running average: the new value is not momentum * old + (1 - momentum) * "
+        "of_the_batch, with the same momentum for all old values.",
+        hint="layers that normalise by their running statistics in training (batch "
+        'renormalisation, Equinox\' mode="ema") cannot be recomputed in one pass.',
+    )
 
 
 def _nothing_changed() -> BatchNormError:
