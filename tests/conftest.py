@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 NEEDS = {
     "torch": ("torch",),
     "keras": ("keras",),
-    "optax": ("jax", "optax", "flax"),
+    "optax": ("jax", "optax", "flax", "equinox", "haiku", "chex", "sklearn"),
 }
 # What the tests of an adapter inside other packages import.
 ECOSYSTEMS = {
