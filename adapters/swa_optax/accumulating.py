@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from swa_core import Rule, StateError, SWAConfig, SWAState, Uniform
+from swa_core import Rule, StateError, StructureError, SWAConfig, SWAState, Uniform
 from swa_optax import reading
 from swa_optax.agreeing import finite_everywhere
 from swa_optax.checking import (
@@ -24,6 +24,7 @@ from swa_optax.matching import parameters_now
 from swa_optax.memory import MemoryKind, check_memory_kind, to_host
 from swa_optax.mixing import mixed, total_after
 from swa_optax.paths import Tree, average_dtype, is_averaged, leaves
+from swa_optax.variables import is_model
 
 
 def init(params: Tree, *, memory_kind: MemoryKind | None = None) -> SWAState:
@@ -39,7 +40,8 @@ def init(params: Tree, *, memory_kind: MemoryKind | None = None) -> SWAState:
       As ``swa``'s.
 
     Raises:
-      StructureError: there are leaves, and none that can be averaged, or one that is no array.
+      StructureError: there are leaves, and none that can be averaged, or one that is no array; a
+        model of nnx, and not its parameters.
       StateError: a parameter's buffer was donated.
       ValueError: another memory.
 
@@ -48,6 +50,11 @@ def init(params: Tree, *, memory_kind: MemoryKind | None = None) -> SWAState:
     """
     check_memory_kind(memory_kind)
     expect_parameters(params, "init(params)")
+    if is_model(params):
+        raise StructureError(
+            "cannot average a whole model of nnx: statistics and counters are no parameters.",
+            hint="give its parameters: nnx.state(model, nnx.Param).",
+        )
     expect_something_to_average(params)
     refuse_deleted(leaves(params), "cannot start an average")
     reading.expect_a_first_snapshot()

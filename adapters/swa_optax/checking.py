@@ -12,6 +12,7 @@ from swa_core import StateError, StructureError, SWAState
 from swa_core.trees import accumulator_dtype
 from swa_optax.counting import counted
 from swa_optax.paths import Tree, is_array, is_averaged, leaves
+from swa_optax.variables import is_variable
 
 _CAST = (
     "a cast of the whole optimizer state (optax.tree.cast), or a restore into a target of other "
@@ -115,6 +116,8 @@ def restore_hint(opt_state: Any) -> str | None:
     found = [part for part in jax.tree.leaves(opt_state, is_leaf=is_plain) if is_plain(part)]
     if not found:
         return None
+    if is_variable(found[0]["n_updates"]):
+        return "nnx.split took it apart; pass what nnx.merge(graphdef, state) makes of it."
     if "version" in found[0]:
         return "state_to_dict made it; state_from_dict(saved, tx.init(params)) makes a state of it."
     return (

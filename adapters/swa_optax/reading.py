@@ -53,7 +53,7 @@ def find_state(opt_state: Tree) -> SWAState:
             "the optimizer state holds no average.",
             hint=restore_hint(opt_state)
             or "put swa_optax.swa(config) last in the chain, and pass the state of the whole "
-            "optimizer (tx.init, tx.update); what nnx.split took apart, nnx.merge first.",
+            "optimizer (tx.init, tx.update).",
         )
     if len(found) > 1:
         places = ", ".join("opt_state" + "".join(map(str, path)) for path in found)

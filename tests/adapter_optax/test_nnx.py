@@ -15,8 +15,10 @@ from flax.traverse_util import flatten_dict
 
 from swa_core import NothingAveragedError, StateError, StructureError, SWAWarning
 from swa_optax import (
+    accumulate,
     averaged_params,
     finalize,
+    init,
     load_average,
     n_averaged,
     n_skipped,
@@ -24,6 +26,7 @@ from swa_optax import (
     state_from_dict,
     state_to_dict,
     swa,
+    wrap,
 )
 
 pytestmark = pytest.mark.usefixtures("relaxed_jax")  # flax promotes
@@ -293,3 +296,30 @@ def test_a_training_goes_on_from_a_saved_average(form, tmp_path):
         step(model, optimizer)
         step(other, resumed)
     assert_same(everything(averaged_params(resumed, other)), everything(finalize(optimizer, model)))
+
+
+def test_updates_that_are_made_of_several_batches():
+    tx = wrap(optax.MultiSteps(optax.sgd(0.1), 2), {"start": "1step", "every": "1step"})
+    model = Net(nnx.Rngs(0))
+    optimizer, visited = nnx.Optimizer(model, tx, wrt=nnx.Param), []
+    for _ in range(4):
+        step(model, optimizer)
+        visited.append(weights(model))
+    assert n_averaged(optimizer) == 2
+    mean = {path: np.mean([visited[1][path], visited[3][path]], axis=0) for path in visited[0]}
+    assert_holds(weights(averaged_params(optimizer, model)), mean)
+
+
+def test_averaging_in_a_loop_of_ones_own():
+    model, visited = Net(nnx.Rngs(0)), []
+    state = init(nnx.state(model, nnx.Param))
+    for _ in range(3):
+        nnx.update(model, jax.tree.map(lambda leaf: 1.5 * leaf, nnx.state(model, nnx.Param)))
+        visited.append(weights(model))
+        state = accumulate(state, nnx.state(model, nnx.Param))
+    mean = {path: np.mean([v[path] for v in visited], axis=0) for path in visited[0]}
+    assert_holds(weights(finalize(state, model)), mean)
+    # The statistics of a model, say, must not be averaged with it.
+    with pytest.raises(StructureError, match="cannot average a whole model of nnx") as error:
+        init(model)
+    assert "nnx.state(model, nnx.Param)" in str(error.value)
