@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from swa_optax.memory import to_device
 from swa_optax.paths import Path, Tree, is_averaged, leaves
 
 
@@ -29,7 +30,7 @@ def as_the_parameters(average: dict[Path, Any], params: Tree) -> dict[Path, Any]
     """
     live = leaves(params)
     if _is_flat(average, live):
-        return _unflattened(average[Path()], live)
+        return _unflattened(to_device(average[Path()]), live)
     return _joined(average, live)
 
 
@@ -56,5 +57,5 @@ def _joined(average: dict[Path, Any], live: dict[Path, Any]) -> dict[Path, Any]:
     for path in live:
         real, imaginary = Path((*path, "real")), Path((*path, "imaginary"))
         if real in found and imaginary in found and path not in found:
-            found[path] = lax.complex(found.pop(real), found.pop(imaginary))
+            found[path] = lax.complex(to_device(found.pop(real)), to_device(found.pop(imaginary)))
     return found
