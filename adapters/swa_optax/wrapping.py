@@ -30,9 +30,10 @@ def wrap(
     """The optimizer ``inner`` with an average of the parameters that its updates lead to.
 
     As ``optax.chain(inner, swa(config, ...))``, whose state it has, but for the order, which
-    cannot be wrong: where ``inner`` is ``MultiSteps`` or ``apply_if_finite``, or a chain with one
-    of them in it, an update counts when it is made, not at every micro-step. (Inside of a
-    partition or a mask they decide about a part of the parameters alone, and every call counts.)
+    cannot be wrong: where ``inner`` is ``MultiSteps``, ``apply_if_finite`` or ``contrib.sam``, or a
+    chain with one of them in it, an update counts when it is made, not at every micro-step. (Inside
+    of a partition or a mask they decide about a part of the parameters alone, and every call
+    counts, as it does with ``apply_every`` and ``conditionally_mask``, whose states do not tell.)
     What comes behind the wrapper in a chain of its own is refused where the average is read.
 
     Args:
@@ -94,6 +95,8 @@ def _made(before: Tree, after: Tree, updates: Tree) -> jax.Array | None:
     for old, new in _gates(before, after):
         if isinstance(new, optax.MultiStepsState):
             passed = new.gradient_step != old.gradient_step
+        elif isinstance(new, optax.contrib.SAMState):
+            passed = new.steps_since_sync == 0  # elsewhere the adversary is on its way
         else:
             # Bad updates pass after too many in a row, and are no zeros then.
             passed = lax.cond(new.last_finite, _yes, _any_change, updates)
@@ -115,6 +118,9 @@ def _gates(before: Tree, after: Tree) -> Iterator[tuple[Any, Any]]:
     elif isinstance(after, optax.ApplyIfFiniteState):
         yield before, after
         yield from _gates(before.inner_state, after.inner_state)
+    elif isinstance(after, optax.contrib.SAMState):
+        yield before, after
+        yield from _gates(before.opt_state, after.opt_state)
     elif isinstance(after, optax.InjectHyperparamsState | optax.InjectStatefulHyperparamsState):
         yield from _gates(before.inner_state, after.inner_state)
 
