@@ -21,6 +21,7 @@ from swa_core.errors import StateError
 
 _WEIGHTS = "model.weights.h5"  # in a .keras file
 _OPTIMIZER = "optimizer/"
+_PACKED = 100  # times; Keras packs nothing, and numbers cannot be packed much
 
 
 def open_checkpoint(path: Path, key: str | None = None, trust: bool = False) -> WeightsFile | None:
@@ -115,23 +116,32 @@ class WeightsFile:
         self._temporary = tempfile.TemporaryDirectory()
         target = Path(self._temporary.name, _WEIGHTS)
         try:
-            with (
-                zipfile.ZipFile(self.path) as source,
-                source.open(_WEIGHTS) as member,
-                open(target, "wb") as file,
-            ):
-                shutil.copyfileobj(member, file)
+            with zipfile.ZipFile(self.path) as source:
+                for info in source.infolist():
+                    if info.file_size > _PACKED * info.compress_size + 1_000_000:
+                        raise ValueError(
+                            f"its member {info.filename!r} would unfold from {info.compress_size} "
+                            f"to {info.file_size} bytes"
+                        )
+                with source.open(_WEIGHTS) as member, open(target, "wb") as file:
+                    shutil.copyfileobj(member, file)
         except Exception as error:  # whatever zipfile and zlib make of bytes that are none
             raise _broken(self.path.name, f"it is no .keras file ({error})") from error
         return target
 
     def _repack(self, weights: Path, target: Any) -> None:
-        with zipfile.ZipFile(self.path) as source, zipfile.ZipFile(target, "w") as result:
-            for info in source.infolist():
-                if info.filename == _WEIGHTS:
-                    result.write(weights, info.filename)
-                else:
-                    result.writestr(info, source.read(info))
+        try:
+            with zipfile.ZipFile(self.path) as source, zipfile.ZipFile(target, "w") as result:
+                for info in source.infolist():
+                    if info.filename == _WEIGHTS:
+                        result.write(weights, info.filename)
+                        continue
+                    with source.open(info) as member, result.open(info, "w") as copied:
+                        shutil.copyfileobj(member, copied)
+        except OSError:
+            raise
+        except Exception as error:  # as in _unpacked
+            raise _broken(self.path.name, f"it is damaged ({error})") from error
 
 
 def _datasets(weights: Path, name: str) -> Iterator[tuple[str, tuple[Spec, int]]]:

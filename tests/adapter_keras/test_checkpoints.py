@@ -175,6 +175,45 @@ def test_damaged_files_are_refused_and_leave_nothing(tmp_path, suffix):
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
+def rewritten(path, change):
+    """A .keras file with other members, of which checksums are right."""
+    with zipfile.ZipFile(path) as source:
+        members = {info.filename: source.read(info) for info in source.infolist()}
+    change(members)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name, content in members.items():
+            target.writestr(name, content)
+
+
+@pytest.mark.parametrize("member", ["model.weights.h5", "assets/x"])
+def test_a_keras_file_that_would_unfold_is_refused(tmp_path, member):
+    trained(0).save(tmp_path / "a.keras")
+    rewritten(tmp_path / "a.keras", lambda members: members.update({member: bytes(10**7)}))
+    with pytest.raises(
+        StateError, match=rf"its member '{member}' would unfold from \d+ to 10000000"
+    ):
+        open_checkpoint(tmp_path / "a.keras")
+    # Packed as others do it, it is read.
+    trained(0).save(tmp_path / "b.keras")
+    rewritten(tmp_path / "b.keras", lambda members: None)
+    average([tmp_path / "b.keras"], tmp_path / "out.keras")
+    assert np.all(
+        values(keras.models.load_model(tmp_path / "out.keras"))[0] == values(trained(0))[0]
+    )
+
+
+def test_a_keras_file_whose_other_members_are_damaged(tmp_path):
+    path = tmp_path / "a.keras"
+    trained(0).save(path)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as file:
+        place = file.getinfo("config.json").header_offset
+    path.write_bytes(content[:place] + b"PX" + content[place + 2 :])
+    with pytest.raises(StateError, match=r"cannot read a\.keras: it is damaged \(Bad magic"):
+        average([path], tmp_path / "out.keras")
+    assert os.listdir(tmp_path) == ["a.keras"]
+
+
 def test_a_keras_file_without_weights(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.keras", "w") as file:
         file.writestr("config.json", "{}")

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 from contextlib import closing, suppress
@@ -31,6 +33,7 @@ from swa_core import (
 )
 from swa_core.checkpoints import average, best, expanded, open_checkpoint, weights_of
 from swa_core.checkpoints.arithmetic import narrowed, widened
+from swa_core.checkpoints.boxes import boxes, common, shape_of, within
 from swa_core.checkpoints.selecting import window_weights
 from swa_core.checkpoints.tensors import Spec
 from swa_core.cli import main
@@ -311,6 +314,67 @@ def zipped(path, **members):
         for name, content in members.items():
             file.writestr(name, content)
     return path
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "extra"),
+    [
+        ("a.pt", "torch", "torch"),
+        ("a/.metadata", "torch", "torch"),
+        ("a.keras", "keras", "keras"),
+        ("a/_METADATA", "jax", "orbax"),
+    ],
+)
+def test_a_reader_that_is_not_installed_says_what_to_install(tmp_path, name, missing, extra):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x")
+    # As where the package is not there.
+    script = f"import sys; sys.modules[{missing!r}] = None; from swa_core.cli import main; "
+    script += "sys.exit(main(sys.argv[1:]))"
+    target = path.parent if path.parent.name == "a" else path
+    command = [sys.executable, "-c", script, "inspect", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"swa inspect: cannot read {target.name}: import of {missing}")
+    assert done.stderr.endswith(f'Hint: pip install "swa-core[{extra}]"\n')
+
+
+def test_the_result_may_be_one_file_of_safetensors(tmp_path):
+    paths = checkpoints(tmp_path, suffix=".npz")
+    average(paths, tmp_path / "out.safetensors")
+    found, inputs = load(tmp_path / "out.safetensors"), [load(path) for path in paths]
+    assert {name: array.dtype for name, array in found.items()} == {
+        name: array.dtype for name, array in inputs[0].items()
+    }
+    np.testing.assert_allclose(found["w"], mean_of([i["w"] for i in inputs]), atol=1e-6)
+    assert read(tmp_path / "out.safetensors")[1] == {"format": "pt"}
+    average([shards(tmp_path / "one")], tmp_path / "whole.safetensors")
+    assert sorted(load(tmp_path / "whole.safetensors")) == ["a", "b", "c"]
+
+
+@given(data=st.data())
+@settings(max_examples=100)
+def test_boxes_of_a_stretch_are_all_of_it_in_order(data):
+    shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=4)))
+    whole = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    begin = data.draw(st.integers(0, whole.size))
+    end = data.draw(st.integers(begin, whole.size))
+    found = [*boxes(shape, begin, end)]
+    for start, box in found:
+        assert shape_of(box) == whole[box].shape
+        assert whole[box].reshape(-1)[0] == start
+    parts = [whole[box].reshape(-1) for _, box in found]
+    np.testing.assert_array_equal(np.concatenate([*parts, []]), np.arange(begin, end))
+    # Cut with any other box, each is a stretch of that.
+    ends = [data.draw(st.integers(1, max(1, size))) for size in shape]
+    other = tuple(slice(data.draw(st.integers(0, stop - 1)), stop) for stop in ends)
+    inner = np.arange(np.prod(shape_of(other), dtype=int)).reshape(shape_of(other))
+    for _, box in found:
+        if whole.size and (both := common(box, other)) is not None:
+            part = inner[within(both, other)].reshape(-1)
+            np.testing.assert_array_equal(part, np.arange(part[0], part[0] + part.size))
+            np.testing.assert_array_equal(whole[both], whole[box][within(both, box)])
 
 
 def test_npz_files_that_are_none(tmp_path):
