@@ -105,6 +105,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Thousands of damaged checkpoints of every kind (``-- --help`` for how many)."""
+    install(session, "--editable", ".[torch,keras,optax,orbax]", *GROUPS["test"])
+    session.run("python", "-m", "fuzz.run", *session.posargs, env={"PYTHONPATH": "tests"})
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks, beside whoever else averages; one of them: ``-- torch_overhead --help``."""
     # Keras is measured on every backend.
