@@ -111,7 +111,7 @@ def _count(saved: Mapping[str, Any], name: str) -> int:
 def _total(value: Any) -> float:
     try:
         total = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         total = math.nan
     if not 0 <= total < math.inf:
         raise _damaged(f"total is {value!r}, and should be a number")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from swa_core.checkpoints import Spec
+from swa_core.checkpoints.containing import is_contained
 from swa_core.checkpoints.safetensors_format import copy_beside
 from swa_core.errors import StateError
 
@@ -62,7 +63,12 @@ class Item:
             ]
         except (KeyError, TypeError, AttributeError) as error:
             raise broken(name, f"its {DESCRIPTION} is no description ({error!r})") from error
-        opening = [(steps, self._open(folder, steps)) for steps in places]
+        try:
+            opening = [(steps, self._open(folder, steps)) for steps in places]
+        except StateError:
+            raise
+        except Exception as error:  # whatever tensorstore makes of names that are none
+            raise broken(name, f"its {DESCRIPTION} names no arrays ({error})") from error
         self.arrays = [self._found(steps, future) for steps, future in opening]
 
     def created(self, target: Path, stored: Stored, transaction: Any) -> Any:
@@ -98,7 +104,7 @@ class Item:
             store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         else:
             path = folder / name
-            if not path.resolve().is_relative_to(folder.resolve()):
+            if not is_contained(folder, name):
                 raise StateError(
                     f"the {DESCRIPTION} of {self._name} names the array {name!r} outside of its "
                     "folder.",

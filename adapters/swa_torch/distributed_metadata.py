@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swa_core.checkpoints import Spec
+from swa_core.checkpoints.containing import is_contained
 from swa_core.errors import StateError
 from swa_torch.checkpoints import DTYPES
 
@@ -201,7 +202,7 @@ def _stored(folder: Path, info: Any) -> Stored:
         raise TypeError(f"the file {name!r}")
     _numbers((begin, length))
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not is_contained(folder, name):
         raise StateError(
             f"the {FILE} of {folder.name} names the file {name!r} outside of its folder.",
             hint="do not use this checkpoint unless you know who made it.",

@@ -14,6 +14,7 @@ import numpy as np
 
 from swa_core import safetensors_files
 from swa_core.atomic import replacing, replacing_folder
+from swa_core.checkpoints.containing import is_contained
 from swa_core.checkpoints.tensors import Array, Piece, Spec, Write
 from swa_core.errors import StateError
 
@@ -207,13 +208,12 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _contained(folder: Path, name: str) -> Path:
     """A file inside a folder, links resolved: an index must not make anything else be read."""
-    path = folder / name
-    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+    if not is_contained(folder, name):
         raise StateError(
             f"the index of {folder.name} names the file {name!r} outside of its folder.",
             hint="do not use this checkpoint unless you know who made it.",
         )
-    return path
+    return folder / name
 
 
 def _check_map(

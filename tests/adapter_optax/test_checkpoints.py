@@ -254,6 +254,8 @@ def key_of(said, *steps):
     ("change", "message"),
     [
         (lambda said: key_of(said, "none"), "tensor 'none' cannot be opened"),
+        (lambda said: key_of(said, "a\0b"), "cannot be opened|outside of its folder|no arrays"),
+        (lambda said: key_of(said, "\ud800"), "cannot be opened|outside of its folder|no arrays"),
         (lambda said: key_of(said, "w"), "two arrays have the path 'w'"),
         (lambda said: said.pop("tree_metadata"), "no description"),
         (lambda said: said.update(tree_metadata=[1]), "no description"),

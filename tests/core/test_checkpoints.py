@@ -200,6 +200,9 @@ def test_shards_keep_their_layout_and_their_side_files(tmp_path):
         (lambda i: i["weight_map"].update(a="../secret"), "outside of its folder"),
         (lambda i: i["weight_map"].update(a="/etc/hostname"), "outside of its folder"),
         (lambda i: i["weight_map"].update(a="link"), "outside of its folder"),
+        (lambda i: i["weight_map"].update(a="circle"), "outside of its folder"),
+        (lambda i: i["weight_map"].update(a="a\0b"), "outside of its folder"),
+        (lambda i: i["weight_map"].update(a="\ud800"), "outside of its folder"),
         (lambda i: i["weight_map"].update(z="model-1-of-2.safetensors"), "disagree on tensor 'z'"),
         (lambda i: i["weight_map"].pop("b"), "disagree on tensor 'b'"),
         (lambda i: i.pop("weight_map"), "no index"),
@@ -211,6 +214,7 @@ def test_an_index_that_is_wrong_or_leads_outside_is_refused(tmp_path, change, me
     folder = shards(tmp_path / "one")
     (tmp_path / "secret").write_bytes(b"secret")
     (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "circle").symlink_to("circle")
     index = folder / "model.safetensors.index.json"
     said = json.loads(index.read_text())
     change(said)

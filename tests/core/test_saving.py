@@ -186,7 +186,9 @@ def test_a_damaged_counter_is_refused(saved, name, bad):
     refused(StateError, f"the saved average is damaged: {name} is {bad!r}", saved | {name: bad})
 
 
-@pytest.mark.parametrize("bad", [-1.0, "2.0", None, True, [2.0], np.nan, np.inf, 1j])
+@pytest.mark.parametrize(
+    "bad", [pytest.param(10**400, id="large"), -1.0, "2.0", None, True, [2.0], np.nan, np.inf, 1j]
+)
 def test_a_damaged_total_is_refused(saved, bad):
     refused(StateError, f"the saved average is damaged: total is {bad!r}", saved | {"total": bad})
 
