@@ -23,7 +23,7 @@ from swa_optax import orbax_items
 from swa_optax.orbax_items import Item, Stored
 
 _STEP = "_CHECKPOINT_METADATA"
-_IN_FLIGHT = 64_000_000  # bytes on their way into a result
+_IN_FLIGHT = 16_000_000  # bytes on their way into a result, or one piece
 
 
 def open_checkpoint(path: Path, key: str | None = None, trust: bool = False) -> OrbaxFolder | None:
@@ -60,7 +60,9 @@ class OrbaxFolder:
     Orbax itself is not needed: its descriptions are JSON, its arrays those of tensorstore.
     """
 
-    is_random = True
+    # One array at a time: two would take twice the memory, and tensorstore unpacks in threads of
+    # its own.
+    is_random = False
 
     def __init__(self, path: Path, items: Mapping[str, Path], key: str | None) -> None:
         self.path = path
