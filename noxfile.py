@@ -79,6 +79,7 @@ def docs(session: nox.Session) -> None:
         f"benchmarks/{name}.py"
         for name in ("timing", "reference", "torch_reference", "torch_sets", "keras_sets")
     ]
+    files += [f"benchmarks/optax_{name}.py" for name in ("contenders", "snapshots", "training")]
     session.run("pytest", "--doctest-modules", "swa_core", "adapters", *files, env=env)
     # Without the ecosystem, which this session does not install.
     chosen = "--adapters=torch,keras,optax"

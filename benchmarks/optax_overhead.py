@@ -1,89 +1,90 @@
-"""What averaging costs in a jitted, donated train step, beside one without it.
+"""What averaging costs in JAX, beside what people write and other libraries do.
 
-    python benchmarks/optax_overhead.py [--rounds 20] [--millions 4]
+    python benchmarks/optax_overhead.py [--rounds 9] [--json FILE] [--quick]
 
-A step of Adam on a network whose gradient is real work; swa never due, due at every tenth update
-and at every update; and an exponential moving average written by hand into the step.
+Compiled, donated train steps with SGD and Adam; steps in a scan; a snapshot alone, in ratios to a
+loop in C; updates that are no snapshot. After the timing every average is compared with float64
+(those of scans with each other), and every training of ours with the one without averaging, bit
+for bit. On a GPU, if there is one, the same, without the loop in C.
+
+Needs 8 GB. Other work on the machine hits those with more threads harder, the C loop first of all:
+look at the load that is printed.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
+import json
+import os
+import sys
+import time
+from pathlib import Path
 
+import ceiling
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from timing import interleaved, table
+import machine
+from optax_snapshots import CEILING
+from optax_tables import OPTIMIZERS, Bench, scans, skipped_updates, snapshots, steps
+from timing import Table
 
-from swa_optax import averaged_params, swa
-
-STEPS = 10
-
-
-def loss(params, x):
-    for w in params["layers"]:
-        x = jnp.tanh(x @ w)
-    return jnp.mean(x**2)
-
-
-def contender(config, params, x, by_hand=False):
-    tx = optax.adam(1e-3) if config is None else optax.chain(optax.adam(1e-3), swa(config))
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(state, x):
-        params, opt_state, average = state
-        updates, opt_state = tx.update(jax.grad(loss)(params, x), opt_state, params)
-        params = optax.apply_updates(params, updates)
-        if by_hand:
-            average = jax.tree.map(lambda a, p: a + 1e-3 * (p - a), average, params)
-        return params, opt_state, average
-
-    copy = jax.tree.map(jnp.array, params)
-    holder = [(copy, tx.init(copy), jax.tree.map(jnp.array, params) if by_hand else None)]
-
-    def run():
-        for _ in range(STEPS):
-            holder[0] = step(holder[0], x)
-        jax.block_until_ready(holder[0])
-
-    return run, holder
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
+LEGEND = """\
+x: ratio to the base, median and quartiles of the rounds; fastest: that of the fastest rounds, which
+other work disturbs the least. ms more: than without averaging; of C: the same, in times of the loop
+in C on as many weights. of bound: how much longer than memory takes to be gone over as often as the
+way must (3 times; 4 to look for NaN first) at the speed of the loop in C. error: relative, to
+float64. In copies of the weights: holds, what averaging keeps; + temp, what the compiled step needs
+besides. compile s: compiling, in the snapshots' tables with the first call."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--millions", type=float, default=4)
-    options = parser.parse_args()
-    width = int(np.sqrt(options.millions * 1e6 / 4))
-    rng = np.random.default_rng(0)
-    params = {
-        "layers": [
-            jnp.asarray(rng.normal(0, width**-0.5, (width, width)), jnp.float32) for _ in range(4)
-        ]
-    }
-    x = jnp.asarray(rng.standard_normal((64, width)), jnp.float32)
-    configs = {
-        "Adam": None,
-        "Adam, swa never due": {"start": "1000000000step", "every": "1step"},
-        "Adam, swa at every 10th update": {"start": "1step", "every": "10step"},
-        "Adam, swa at every update": {"start": "1step", "every": "1step"},
-    }
-    pairs = {name: contender(config, params, x) for name, config in configs.items()}
-    pairs["Adam, EMA by hand at every update"] = contender(None, params, x, by_hand=True)
-    times = interleaved({name: run for name, (run, _) in pairs.items()}, options.rounds)
-    print(
-        f"jax {jax.__version__}, {jax.devices()[0].platform}, {options.rounds} rounds of {STEPS}\n"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print(table(f"A train step of {4 * width * width / 1e6:.1f} M weights", times, calls=STEPS))
-    last = {name: holder[0][:2] for name, (_, holder) in pairs.items()}
-    for name, (weights, _) in last.items():
-        same = jax.tree.map(lambda a, b: bool((a == b).all()), weights, last["Adam"][0])
-        assert all(jax.tree.leaves(same)), f"{name} changed the training"
-    weights, opt_state = last["Adam, swa at every update"]
-    averaged = averaged_params(opt_state, weights)
-    assert not bool((averaged["layers"][0] == weights["layers"][0]).all()), "nothing was averaged"
+    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
+    parser.add_argument(
+        "--quick", action="store_true", help="3 rounds of little: whether all runs, no figures"
+    )
+    options = parser.parse_args()
+    absent = {}
+    try:
+        if jax.default_backend() != "cpu":
+            raise ceiling.NoCompilerError("the loop runs on the CPU, the rest does not")
+        ceiling.library()
+    except ceiling.NoCompilerError as error:
+        absent[CEILING] = str(error)
+    bench = Bench(3 if options.quick else options.rounds, options.quick, absent)
+    about = machine.description(PACKAGES)
+    about["device"] = jax.devices()[0].device_kind
+    print("\n".join(f"{key}: {value}" for key, value in about.items()), "\n", flush=True)
+    print(LEGEND, "\n", flush=True)
+    tables: list[dict[str, object]] = []
+
+    def show(out: Table) -> None:
+        tables.append(out.figures() | {"load": os.getloadavg()[0]})
+        print(out.text(), "\n", flush=True)
+
+    begin = time.monotonic()
+    millions = 1e6
+    for n_weights in (1e4,) if options.quick else (millions, 25 * millions):
+        for optimizer in OPTIMIZERS:
+            show(steps(bench, optimizer, n_weights))
+    for n_weights in (1e4,) if options.quick else (millions, 12 * millions):
+        show(scans(bench, "SGD", n_weights))
+    for count in (10,) if options.quick else (10, 200, 1000):
+        show(snapshots(bench, count, 25 * millions, "float32"))
+    show(snapshots(bench, 10, 25 * millions, "bfloat16"))
+    for count in (10,) if options.quick else (10, 200, 1000):
+        show(skipped_updates(bench, count))
+    print(f"{time.monotonic() - begin:.0f} s")
+    if options.json is not None:
+        found = {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "machine": {**about, "load_after": os.getloadavg()[0]},
+            "tables": tables,
+        }
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
