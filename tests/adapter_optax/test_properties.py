@@ -167,9 +167,8 @@ def named(average):
     return {str(path): np.asarray(leaf) for path, leaf in leaves(average).items()}
 
 
-@pytest.mark.parametrize("floats", [FLOATS, [*FLOATS, "float64", "complex128"]], ids=["32", "64"])
-@given(data=st.data())
-@settings(max_examples=8, deadline=None)
+@given(st.sampled_from([FLOATS, [*FLOATS, "float64", "complex128"]]), st.data())
+@settings(max_examples=12, deadline=None)
 def test_the_adapter_is_the_core_bit_for_bit(floats, data):
     tree = data.draw(trees(floats))
     settings = config(data.draw(schedules), data.draw(st.sampled_from(EXACT_RULES)))

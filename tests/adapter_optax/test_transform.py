@@ -154,30 +154,6 @@ def test_the_snapshot_is_rounded_as_optax_rounds_the_stored_parameters(relaxed_j
     np.testing.assert_array_equal(state.average["w"], stored["w"].astype(np.float32))
 
 
-@pytest.mark.parametrize(
-    "rule", [Uniform(), EMA(0.9999), EMA(half_life=2000), Polynomial(eta=8)], ids=str
-)
-def test_ten_thousand_snapshots_stay_precise(rule, x64):
-    n, tx = 10_000, swa(config(1, 1, rule=rule, nonfinite="keep"))
-    rng = np.random.default_rng(0)
-    snapshots = (1 + np.linspace(0, 5, n)[:, None] + 0.1 * rng.standard_normal((n, 8))).astype("f4")
-
-    @jax.jit
-    def train(state, snapshots):
-        def body(state, w):
-            return tx.update({"w": jnp.zeros_like(w)}, state, {"w": w})[1], None
-
-        return jax.lax.scan(body, state, snapshots)[0]
-
-    state = train(tx.init({"w": jnp.zeros(8, jnp.float32)}), snapshots)
-    expected = np.zeros(8)
-    for k, snapshot in enumerate(snapshots.astype(np.float64), start=1):
-        expected += rule.mixing_weight(float(k)) * (snapshot - expected)
-    got = np.asarray(state.average["w"], np.float64)
-    assert np.linalg.norm(got - expected) <= 2e-6 * np.linalg.norm(expected)
-    assert int(state.n_averaged) == n
-
-
 def test_the_first_snapshot_is_a_copy_to_the_bit():
     awkward = jnp.array([-0.0, 0.0, 1 / 3, 1e-30, -1e30, 16777217.0], jnp.float32)
     tx = swa(config(1, 1))
