@@ -66,6 +66,7 @@ def update_bn(
       Chan, Golub & LeVeque 1979, Updating formulae and a pairwise algorithm for computing sample
       variances (the pooling). Izmailov et al. 2018, arXiv:1803.05407, sec. 3.2 (the need).
 
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> def apply(stats, x):
     ...     new = {"mean": x.mean(0), "var": x.var(0)}

@@ -12,10 +12,10 @@ from swa_core import Rule, Schedule, StateError, SWAState
 from swa_core.averaging import check_leaves
 from swa_core.saving import header, read_header
 from swa_optax.checking import expect_state, is_state, refuse_tracing
-from swa_optax.counting import counted
 from swa_optax.paths import Tree, leaves
 from swa_optax.placing import fetched, placed_like
 from swa_optax.reading import find_state, refuse_ensemble
+from swa_optax.resolving import LAST_UPDATE
 
 
 def state_to_dict(
@@ -99,7 +99,8 @@ def restored(opt_state: Tree, now: SWAState, found: SWAState) -> Tree:
     """
     own = named(now.average)
     average = [placed_like(found.average[path], own[path]) for path in own]
-    counts = [*map(np.asarray, map(counted, found[:3])), np.float32(found.total)]
+    # In numpy, for inside of jit JAX has no numbers.
+    counts = [*(np.int32(min(n, LAST_UPDATE)) for n in found[:3]), np.float32(found.total)]
     # Where those lie that they replace: a compiled step that took them takes these.
     counters = map(placed_like, counts, jax.tree.leaves(now[:4]), [c.dtype for c in counts])
     arrays = [*counters, *average]

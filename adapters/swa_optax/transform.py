@@ -76,13 +76,14 @@ def swa(
     Source:
       Izmailov et al. 2018, arXiv:1803.05407, Alg. 1.
 
+    >>> from swa_optax import averaged_params
     >>> tx = optax.chain(optax.sgd(1.0), swa({"start": "2step", "every": "1step"}))
     >>> params = {"w": jnp.zeros(2)}
     >>> state = tx.init(params)
     >>> for _ in range(3):
     ...     updates, state = tx.update({"w": -jnp.ones(2)}, state, params)
     ...     params = optax.apply_updates(params, updates)
-    >>> reading.averaged_params(state, params)["w"]
+    >>> averaged_params(state, params)["w"]
     Array([2.5, 2.5], dtype=float32)
     """
     config, schedule = resolve(config, steps_per_epoch, total_steps)
