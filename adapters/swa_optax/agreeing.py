@@ -8,6 +8,7 @@ integer, in whose maximum no NaN can be lost.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,13 +39,38 @@ def finite_everywhere(leaves: Leaves, count: jax.Array) -> jax.Array:
     >>> bool(finite_everywhere([jnp.ones(2), jnp.array(jnp.nan)], jnp.int32(1)))
     False
     """
-    if not leaves:
-        return count >= 0
-    fixed = [lax.stop_gradient(leaf) for leaf in leaves]
+    return looking()(leaves, count)
+
+
+def looking() -> Callable[[Leaves, jax.Array], jax.Array]:
+    """``finite_everywhere`` in the form that goes with how JAX keeps what it compiles.
+
+    Where compiled programs are kept on disk, another process has to find this one again. With
+    ``custom_partitioning`` in it, it does not, unless JAX is told that such functions are always
+    the same, as ours is; then the compiler has to reduce leaf by leaf, as it would by itself.
+
+    The functions are always the same: ``lax.cond`` knows what it has traced by their identity.
+    """
+    flag = "jax_remove_custom_partitioning_ptr_from_cache_key"
+    is_kept, is_found = jax.config.jax_compilation_cache_dir, getattr(jax.config, flag, False)
+    return _leaf_by_leaf if is_kept and not is_found else _all_at_once
+
+
+def _all_at_once(leaves: Leaves, count: jax.Array) -> jax.Array:
     manual, others = _mesh_axes()
     # What is left to the compiler inside of shard_map, it has to divide itself.
-    bad = _bad_apart(*fixed) if manual and others else _bad_anywhere(*fixed)
-    axes = _answering_together(manual, bad, count)
+    return _answered(_bad if manual and others else _bad_anywhere, leaves, count)
+
+
+def _leaf_by_leaf(leaves: Leaves, count: jax.Array) -> jax.Array:
+    return _answered(_bad, leaves, count)
+
+
+def _answered(look: Callable[..., jax.Array], leaves: Leaves, count: jax.Array) -> jax.Array:
+    if not leaves:
+        return count >= 0
+    bad = look(*(lax.stop_gradient(leaf) for leaf in leaves))
+    axes = _answering_together(_mesh_axes()[0], bad, count)
     if axes:
         bad = lax.pmax(bad, axes)
     # Differs over the axes over which the counter does, as ``not_read`` does.
@@ -86,8 +112,8 @@ def _bad(*leaves: jax.Array) -> jax.Array:
     return 1 - finite.all_finite([*leaves]).astype(jnp.int32)
 
 
-def _bad_apart(*leaves: jax.Array) -> jax.Array:
-    """The same in one look, where the compiler divides it between devices or members."""
+def _bad_in_one_look(*leaves: jax.Array) -> jax.Array:
+    """The same in one look: for the members of an ensemble a condition saves nothing."""
     return 1 - finite.each_finite([*leaves]).astype(jnp.int32)
 
 
@@ -146,4 +172,4 @@ def _bad_anywhere(*leaves: jax.Array) -> jax.Array:
 def _bad_members(size: int, batched: list[bool], *leaves: jax.Array) -> tuple[jax.Array, bool]:
     """Each member of an ensemble for itself."""
     axes = [0 if is_batched else None for is_batched in batched]
-    return jax.vmap(_bad_apart, in_axes=axes)(*leaves), True
+    return jax.vmap(_bad_in_one_look, in_axes=axes)(*leaves), True

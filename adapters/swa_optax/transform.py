@@ -13,7 +13,7 @@ from jax import lax
 
 from swa_core import Schedule, SWAConfig, SWAState
 from swa_optax import accumulating
-from swa_optax.agreeing import finite_everywhere, not_read
+from swa_optax.agreeing import looking, not_read
 from swa_optax.checking import expect_state
 from swa_optax.counting import increment
 from swa_optax.matching import parameters_after
@@ -128,7 +128,7 @@ def advancing(config: SWAConfig, schedule: Schedule) -> Advance:
             due &= made
         taken = due
         if config.nonfinite == "skip":
-            taken = due & lax.cond(due, finite_everywhere, not_read, new, count)
+            taken = due & lax.cond(due, looking(), not_read, new, count)
         n = increment(state.n_averaged)
         average = lax.cond(taken, mix, kept, old, new, n)
         return SWAState(

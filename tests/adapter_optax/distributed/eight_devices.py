@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from adapter_optax.distributed import batch_statistics, mapped, sharded, stored
+from adapter_optax.distributed import batch_statistics, cached, mapped, sharded, stored
 
-CHECKS = {**sharded.CHECKS, **mapped.CHECKS, **stored.CHECKS, **batch_statistics.CHECKS}
+CHECKS = {
+    **sharded.CHECKS,
+    **mapped.CHECKS,
+    **stored.CHECKS,
+    **cached.CHECKS,
+    **batch_statistics.CHECKS,
+}
