@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,16 +20,16 @@ FLAG = "jax_remove_custom_partitioning_ptr_from_cache_key"
 
 @contextlib.contextmanager
 def cache(**flags: Any) -> Iterator[None]:
-    with tempfile.TemporaryDirectory() as folder:
-        flags = {"jax_compilation_cache_dir": folder, **flags}
-        before = {name: getattr(jax.config, name) for name in flags}
-        for name, value in flags.items():
+    # One folder for all, which stays: JAX goes on with the first that it has used.
+    flags = {"jax_compilation_cache_dir": os.path.abspath("compiled"), **flags}
+    before = {name: getattr(jax.config, name) for name in flags}
+    for name, value in flags.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
             jax.config.update(name, value)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
 
 
 def lowered(params: Any) -> tuple[Any, Any]:

@@ -8,6 +8,6 @@ CHECKS = {
     **sharded.CHECKS,
     **mapped.CHECKS,
     **stored.CHECKS,
-    **cached.CHECKS,
     **batch_statistics.CHECKS,
+    **cached.CHECKS,
 }
