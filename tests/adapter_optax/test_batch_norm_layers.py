@@ -76,23 +76,22 @@ class Deep(nn.Module):
             def __call__(self, x, _):
                 return batch_norm(momentum=0.9, name="norm")(nn.Dense(6, name="dense")(x)), None
 
-        axes = {"params": 0, "batch_stats": 0, "intermediates": 0}
+        axes = {"params": 0, "batch_stats": 0}
         body = nn.scan(Body, axes, split_rngs={"params": True}, length=self.length)
         return body(name="layers")(x, None)[0]
 
 
 def test_layers_in_a_scan():
     net = Deep()
-    variables = net.init(jax.random.key(0), BATCHES[0])
-    new = run(net)["layers"]["norm"]
-    seen = [
-        net.apply(variables, batch, capture_intermediates=True, mutable=True)[1]["intermediates"]
-        for batch in BATCHES
-    ]
-    inputs = [np.float64(kept["layers"]["dense"]["__call__"][0]) for kept in seen]
+    apply, stats = prepare(net, BATCHES[0])
+    new = update_bn(apply, stats, BATCHES)["layers"]["norm"]
+    dense = jax.tree.map(np.float64, apply.args[0]["layers"]["dense"])
+    inputs = [np.float64(batch) for batch in BATCHES]
     for layer in range(net.length):
-        x = np.concatenate([of_batch[layer] for of_batch in inputs])
-        assert_pooled({name: leaf[layer] for name, leaf in new.items()}, x, rtol=1e-5)
+        inputs = [x @ dense["kernel"][layer] + dense["bias"][layer] for x in inputs]
+        of_layer = {name: leaf[layer] for name, leaf in new.items()}
+        assert_pooled(of_layer, np.concatenate(inputs), rtol=1e-5)
+        inputs = [(x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) for x in inputs]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -115,7 +114,7 @@ def test_both_ways_to_a_variance():
         assert_pooled(run(batch_norm(use_fast_variance=fast)), POOLED)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 1e-3, 0.5, 0.997, 0.9999])
+@pytest.mark.parametrize("momentum", [0.0, 0.997, 0.9999])
 def test_the_momentum_is_found(momentum):
     assert_pooled(run(batch_norm(momentum=momentum)), POOLED)
 

@@ -144,11 +144,11 @@ def seen(model, batch):
     return first, np.maximum(normal, 0)
 
 
-@pytest.mark.parametrize("updates", [0, 1, 3])
+@pytest.mark.parametrize("updates", [0, 2])
 def test_pooled_statistics_in_a_state(updates):
     model, state, apply = make()
     for batch in BATCHES[:updates]:
-        state = apply(state, batch)
+        state = eqx.filter_jit(apply)(state, batch)
     before = jax.tree.leaves(copied(state))
     new = update_bn(apply, state, BATCHES)
     assert type(new) is type(state)
@@ -168,13 +168,13 @@ def test_pooled_statistics_in_a_state(updates):
 
 def test_layers_that_normalise_by_their_running_statistics():
     _, state, apply = make(mode="ema")
-    state = apply(state, BATCHES[0])
+    state = eqx.filter_jit(apply)(state, BATCHES[0])
     with pytest.raises(BatchNormError, match="is no running average") as error:
         update_bn(apply, state, BATCHES)
     assert 'mode="ema"' in str(error.value)
     # A single one disturbs nobody.
     model, state, apply = make(mode="ema", layers=1)
-    state = update_bn(apply, apply(state, BATCHES[0]), BATCHES)
+    state = update_bn(apply, eqx.filter_jit(apply)(state, BATCHES[0]), BATCHES)
     x = np.concatenate([seen(model, batch)[0] for batch in BATCHES])
     mean, var = used(model.norms[0], state)
     np.testing.assert_allclose(mean, x.mean(0), rtol=1e-4, atol=1e-5)

@@ -89,11 +89,14 @@ def trained():
     for _ in range(UPDATES):
         step(model, optimizer)
         visited.append(weights(model))
-    mean = {
-        path: np.mean([np.float64(visited[update - 1][path]) for update in SNAPSHOTS], axis=0)
+    return model, optimizer, mean_of(visited)
+
+
+def mean_of(visited, snapshots=SNAPSHOTS):
+    return {
+        path: np.mean([np.float64(visited[update - 1][path]) for update in snapshots], axis=0)
         for path in visited[0]
     }
-    return model, optimizer, mean
 
 
 def assert_holds(found, mean):
@@ -218,14 +221,26 @@ def test_only_what_the_optimizer_trains_is_averaged():
         assert changed == (path[0] == "head"), path
 
 
+class Small(nnx.Module):
+    """Random numbers and a list, and little to compile."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([nnx.Linear(3, 1, rngs=rngs), nnx.Dropout(0.3, rngs=rngs)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 @pytest.mark.parametrize("pure", [False, True], ids=["state", "dict"])
 def test_a_loop_over_split_states(pure):
-    model = Net(nnx.Rngs(0))
+    model = Small()
     structure, params, others = nnx.split(model, nnx.Param, ...)
     if pure:
         params = nnx.to_pure_dict(params)
-    tx = optax.chain(optax.sgd(0.1, momentum=0.9), swa(CONFIG))
-    opt_state = tx.init(params)
+    opt_state, visited = TX.init(params), []
 
     @jax.jit
     def step(params, others, opt_state):
@@ -237,17 +252,17 @@ def test_a_loop_over_split_states(pure):
             return loss(net), nnx.state(net, nnx.Not(nnx.Param))
 
         grads, others = jax.grad(loss_of, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        updates, opt_state = TX.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), others, opt_state
 
     for _ in range(UPDATES):
         params, others, opt_state = step(params, others, opt_state)
-    _, _, mean = trained()
+        visited.append(flat(params if pure else nnx.to_pure_dict(params)))
     averaged = averaged_params(opt_state, params)
     assert type(averaged) is type(params)
-    assert_holds(flat(averaged if pure else nnx.to_pure_dict(averaged)), mean)
+    assert_holds(flat(averaged if pure else nnx.to_pure_dict(averaged)), mean_of(visited))
     # And into the model itself, whatever form the average was made of.
-    assert_holds(weights(finalize(opt_state, model)), mean)
+    assert_holds(weights(finalize(opt_state, model)), mean_of(visited))
 
 
 def test_paths_are_those_of_the_model():
@@ -300,25 +315,23 @@ def test_a_training_goes_on_from_a_saved_average(form, tmp_path):
 
 def test_updates_that_are_made_of_several_batches():
     tx = wrap(optax.MultiSteps(optax.sgd(0.1), 2), {"start": "1step", "every": "1step"})
-    model = Net(nnx.Rngs(0))
+    model = Small()
     optimizer, visited = nnx.Optimizer(model, tx, wrt=nnx.Param), []
     for _ in range(4):
         step(model, optimizer)
         visited.append(weights(model))
     assert n_averaged(optimizer) == 2
-    mean = {path: np.mean([visited[1][path], visited[3][path]], axis=0) for path in visited[0]}
-    assert_holds(weights(averaged_params(optimizer, model)), mean)
+    assert_holds(weights(averaged_params(optimizer, model)), mean_of(visited, (2, 4)))
 
 
 def test_averaging_in_a_loop_of_ones_own():
-    model, visited = Net(nnx.Rngs(0)), []
+    model, visited = Small(), []
     state = init(nnx.state(model, nnx.Param))
     for _ in range(3):
         nnx.update(model, jax.tree.map(lambda leaf: 1.5 * leaf, nnx.state(model, nnx.Param)))
         visited.append(weights(model))
         state = accumulate(state, nnx.state(model, nnx.Param))
-    mean = {path: np.mean([v[path] for v in visited], axis=0) for path in visited[0]}
-    assert_holds(weights(finalize(state, model)), mean)
+    assert_holds(weights(finalize(state, model)), mean_of(visited, (1, 2, 3)))
     # The statistics of a model, say, must not be averaged with it.
     with pytest.raises(StructureError, match="cannot average a whole model of nnx") as error:
         init(model)
