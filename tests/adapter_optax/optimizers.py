@@ -11,6 +11,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import optax
+from adapter_optax.training import quick_jit
 from optax import contrib
 
 SGD = optax.sgd(0.1)
@@ -112,7 +113,7 @@ def loss(w):
 def training(tx, name):
     """A function of the number of steps to (updates, parameters and state) of each, jitted."""
 
-    @jax.jit
+    @quick_jit
     def step(w, state):
         value, grad = jax.value_and_grad(loss)(w)
         extra = {} if name == "sam" else {"unknown": 1}

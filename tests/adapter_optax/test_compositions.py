@@ -112,7 +112,9 @@ def test_behind_lookahead_fast_and_slow_are_averaged():
     optimizer = optax.lookahead(optax.adam(0.1), sync_period=2, slow_step_size=0.5)
     ends = []
     for tx in (optimizer, optax.chain(optimizer, swa(EVERY))):
-        params, state, visited = train(tx, gradients(6, params_like()), look(params_like()))
+        params, state, visited = train(
+            tx, gradients(6, params_like()), look(params_like()), jit=jax.jit
+        )
         ends.append(params)
     same_bits(*ends)
     assert_average(state, params, visited)
@@ -167,4 +169,4 @@ def test_it_is_a_transformation_with_extra_arguments():
 )
 def test_composed_it_changes_no_bit_of_the_training(optimizer, around):
     plain, averaging = around(optimizer), around(optax.chain(optimizer, swa(EVERY)))
-    same_bits(trained(averaging)[2], trained(plain)[2])
+    same_bits(trained(averaging, jit=jax.jit)[2], trained(plain, jit=jax.jit)[2])

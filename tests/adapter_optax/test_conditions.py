@@ -97,7 +97,7 @@ def test_a_snapshot_under_a_condition_is_at_most_rounded_once_more(where):
         tx = optax.apply_if_finite(optax.chain(optimizer, swa(EVERY)), 3)
     else:
         tx = optax.chain(optax.apply_if_finite(optimizer, 3), swa(EVERY))
-    params, state, _ = train(tx, gradients(1, params), params)
+    params, state, _ = train(tx, gradients(1, params), params, jit=jax.jit)
     got, live = optax.tree.get(state, "average")["w"], params["w"]
     step = np.abs(live - jnp.linspace(-1, 1, 2048, dtype=jnp.float32))
     allowed = 0 if where == "outside" else np.spacing(step + np.abs(live))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from adapter_optax.training import EVERY, mean, same_bits
+from adapter_optax.training import EVERY, mean, quick_jit, same_bits
 
 from swa_core import SWAConfig
 from swa_optax import averaged_params, n_averaged, n_skipped, swa, wrap
@@ -43,7 +43,7 @@ def chain(config=SECOND):
 def by_hand(n, config=SECOND):
     """The loop that all others are held against."""
     tx, params = chain(config), params_like()
-    step, state, visited = jax.jit(stepper(tx)), tx.init(params), []
+    step, state, visited = quick_jit(stepper(tx)), tx.init(params), []
     for x in inputs(n):
         params, state = step(params, state, x)
         visited.append(params)
@@ -59,7 +59,7 @@ def test_scan_over_epochs_of_steps():
     tx, xs = chain(), inputs(6).reshape(3, 2, 2, 3)
     step = stepper(tx)
 
-    @jax.jit
+    @quick_jit
     def train(params, state):
         def epoch(carry, xs):
             carry, _ = jax.lax.scan(lambda c, x: (step(*c, x), None), carry, xs)
@@ -80,7 +80,7 @@ def test_fori_and_while_loops():
     tx, xs = chain(), inputs(6)
     step = stepper(tx)
 
-    @jax.jit
+    @quick_jit
     def until_three_snapshots(params, state):
         def body(carry):
             place, params, state = carry
@@ -91,7 +91,7 @@ def test_fori_and_while_loops():
 
         return jax.lax.while_loop(waiting, body, (jnp.int32(0), params, state))
 
-    @jax.jit
+    @quick_jit
     def six(params, state):
         return jax.lax.fori_loop(0, 6, lambda i, c: step(*c, xs[i]), (params, state))
 
@@ -112,7 +112,7 @@ def test_checkpointed_steps_and_their_gradient():
         return loss(averaged_params(state, params), xs[0])
 
     plain, remat = (
-        jax.jit(jax.value_and_grad(after), static_argnums=1)(params_like(), r)
+        quick_jit(jax.value_and_grad(after), static_argnums=1)(params_like(), r)
         for r in (False, True)
     )
     assert_same(remat, plain)
@@ -133,9 +133,9 @@ def test_derivatives_are_those_of_the_mean():
 
     rate, q = jnp.float32(0.25), 0.75
     first, second = -(1 + 2 * q + 3 * q**2) / 3, (2 + 6 * q) / 3
-    assert float(jax.jit(jax.jacfwd(after))(rate)) == pytest.approx(first, rel=1e-6)
-    assert float(jax.jit(jax.jacrev(after))(rate)) == pytest.approx(first, rel=1e-6)
-    assert float(jax.jit(jax.hessian(after))(rate)) == pytest.approx(second, rel=1e-6)
+    assert float(quick_jit(jax.jacfwd(after))(rate)) == pytest.approx(first, rel=1e-6)
+    assert float(quick_jit(jax.jacrev(after))(rate)) == pytest.approx(first, rel=1e-6)
+    assert float(quick_jit(jax.hessian(after))(rate)) == pytest.approx(second, rel=1e-6)
 
 
 def test_no_gradient_is_nan_where_a_branch_was_not_taken():
@@ -148,14 +148,14 @@ def test_no_gradient_is_nan_where_a_branch_was_not_taken():
         return averaged_params(state, {"w": w})["w"].sum()
 
     state = tx.init({"w": jnp.zeros(3)})
-    got = jax.jit(jax.vmap(jax.grad(after), in_axes=(0, None)))(jnp.ones((2, 3)), state)
+    got = quick_jit(jax.vmap(jax.grad(after), in_axes=(0, None)))(jnp.ones((2, 3)), state)
     np.testing.assert_array_equal(got, 1)
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["chain", "wrap"])
 def test_members_of_an_ensemble_skip_for_themselves(wrapped):
     # Of three trainings at three rates, one diverges, and its average stays where it was.
-    @jax.jit
+    @quick_jit
     @jax.vmap
     def train(rate, params):
         inner = optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
@@ -186,7 +186,7 @@ def test_members_of_an_ensemble_skip_for_themselves(wrapped):
 def test_an_ensemble_of_ensembles():
     tx = swa(SECOND)
     params = {"w": jnp.arange(12.0).reshape(2, 3, 2)}
-    init, update = jax.vmap(jax.vmap(tx.init)), jax.jit(jax.vmap(jax.vmap(tx.update)))
+    init, update = jax.vmap(jax.vmap(tx.init)), quick_jit(jax.vmap(jax.vmap(tx.update)))
     state = init(params)
     for turn in range(1, 5):
         _, state = update({"w": jnp.zeros((2, 3, 2))}, state, {"w": turn * params["w"]})
@@ -198,7 +198,7 @@ def test_without_jit_at_all():
     expected = by_hand(3)[:2]
     with jax.disable_jit():
         tx, params = chain(), params_like()
-        step, state = jax.jit(stepper(tx)), tx.init(params)
+        step, state = quick_jit(stepper(tx)), tx.init(params)
         for x in inputs(3):
             params, state = step(params, state, x)
         assert_same((params, state), expected)
@@ -218,5 +218,5 @@ def test_a_custom_derivative_around_a_whole_training():
         return averaged_params(state, params)
 
     trained.defvjp(lambda p, xs: (trained(p, xs), None), lambda _, g: (g, None))
-    grads = jax.jit(jax.grad(lambda p: trained(p, inputs(2))["w"].sum()))(params_like())
+    grads = quick_jit(jax.grad(lambda p: trained(p, inputs(2))["w"].sum()))(params_like())
     same_bits(grads, {"v": jnp.zeros((3, 3)), "w": jnp.ones((3, 3))})

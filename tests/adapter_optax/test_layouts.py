@@ -15,6 +15,7 @@ from adapter_optax.training import (
     gradients,
     mean,
     params_like,
+    quick_jit,
     same_bits,
     train,
     trained,
@@ -44,8 +45,18 @@ def test_flatten_around_is_read_as_the_parameters():
     params, state, visited = trained(optax.flatten(INNER))
     assert state[1].average.shape == (9,)
     assert_average(state, params, visited)
-    for read in (finalize, jax.jit(averaged_params)):
+    for read in (finalize, quick_jit(averaged_params)):
         assert_close(read(state, params), mean(visited))
+
+
+def test_flatten_around_an_average_in_the_memory_of_the_host():
+    inner = optax.chain(optax.sgd(0.1), swa(EVERY, memory_kind="pinned_host"))
+    start = jax.device_put(params_like(), jax.devices()[0])
+    tx = optax.flatten(inner)
+    _, state = quick_jit(tx.update)(start, quick_jit(tx.init)(start), start)
+    assert state[1].average.sharding.memory_kind == "pinned_host"
+    for read in (averaged_params, quick_jit(averaged_params)):
+        assert_close(read(state, start), jax.tree.map(lambda leaf: 0.9 * leaf, start))
 
 
 def test_flatten_of_the_optimizer_alone():
@@ -88,7 +99,7 @@ def test_split_real_and_imaginary(where):
     split = optax.contrib.split_real_and_imaginary
     tx = split(INNER) if where == "inside" else optax.chain(split(optax.adam(0.1)), swa(EVERY))
     params, state, visited = train(tx, complex_gradients(4, COMPLEX), COMPLEX)
-    for read in (averaged_params, finalize, jax.jit(averaged_params)):
+    for read in (averaged_params, finalize, quick_jit(averaged_params)):
         got = read(state, params)
         assert got["w"].dtype == jnp.complex64
         assert_close(got, {name: np.mean([v[name] for v in visited], axis=0) for name in params})

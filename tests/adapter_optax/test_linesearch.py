@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from adapter_optax.training import same_bits
+from adapter_optax.training import quick_jit, same_bits
 
 from swa_core import SWAConfig, SWAState
 from swa_optax import averaged_params, n_averaged, swa, wrap
@@ -34,7 +34,7 @@ def value(w):
 def run(tx, n=3):
     value_and_grad = optax.value_and_grad_from_state(value)
 
-    @jax.jit
+    @quick_jit
     def epoch(w, state):
         def step(carry, _):
             w, state = carry
@@ -54,8 +54,7 @@ def run(tx, n=3):
 def test_behind(search):
     optimizer = SEARCHES[search]()
     w, state, visited = run(optax.chain(optimizer, swa(EVERY)))
-    if search != "zoom":  # which takes long to compile
-        same_bits(visited, run(optimizer)[2])
+    same_bits(visited, run(optimizer)[2])
     assert n_averaged(state) == 3
     np.testing.assert_allclose(averaged_params(state, w), np.mean(visited, axis=0), rtol=1e-6)
     for field in SWAState._fields:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from adapter_optax.training import EVERY, params_like
+from adapter_optax.training import EVERY, params_like, quick_jit
 
 from swa_core import EMA, Polynomial, SWAConfig
 from swa_optax import averaged_params, swa, wrap
@@ -97,7 +97,7 @@ def test_python_floats_cost_no_compilation_that_optax_does_not_cost(relaxed_jax)
         wrap(optax.sgd(0.1), EVERY),
     ):
 
-        @jax.jit
+        @quick_jit
         def step(params, state, tx=tx):
             updates, state = tx.update({"scale": params["scale"], "w": params["w"]}, state, params)
             return optax.apply_updates(params, updates), state
@@ -178,7 +178,7 @@ def test_sharding_types_are_those_of_the_parameters(case, dtype, explicit_mesh, 
     kernel = optax.tree.get(state, "average")["dense"]["kernel"]
     assert jax.typeof(kernel).sharding.spec == jax.P(None, "x")
     before = jax.tree.map(jax.typeof, state)
-    assert jax.tree.map(jax.typeof, jax.jit(tx.init)(params)) == before
+    assert jax.tree.map(jax.typeof, quick_jit(tx.init)(params)) == before
     traced = jax.make_jaxpr(lambda state: tx.update(params, state, params)[1])(state)
     assert list(traced.out_avals) == jax.tree.leaves(before)
     read = jax.eval_shape(averaged_params, state, params)

@@ -19,6 +19,7 @@ from adapter_optax.training import (
     gradients,
     mean,
     params_like,
+    quick_jit,
     trained,
 )
 
@@ -76,7 +77,7 @@ NOT_LAST = {
 def test_elsewhere_in_a_chain_the_average_is_refused_when_read(case):
     tx, place = NOT_LAST[case]
     params = params_like()
-    for state in (tx.init(params), jax.jit(tx.init)(params)):
+    for state in (tx.init(params), quick_jit(tx.init)(params)):
         for read in READERS.values():
             with pytest.raises(StateError, match="swa is not last in its chain") as error:
                 read(state, params)
@@ -208,7 +209,7 @@ def test_behind_apply_every_it_counts_micro_steps_too():
 def test_outside_of_what_skips_updates_it_counts_the_same_parameters_again(skipping):
     tx = optax.chain(skipping(optax.adam(0.1)), swa(EVERY))
     params, state, visited = params_like(), tx.init(params_like()), []
-    step = jax.jit(tx.update)
+    step = quick_jit(tx.update)
     for place, grads in enumerate(bad_at({2, 3}, gradients(5, params))):
         updates, state = step(grads, state, params, ok=jnp.array(place not in {2, 3}))
         params = optax.apply_updates(params, updates)
