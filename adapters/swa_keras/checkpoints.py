@@ -18,6 +18,7 @@ from swa_core.atomic import replacing
 from swa_core.checkpoints import EVERYTHING, Spec
 from swa_core.checkpoints.tensors import Array, Piece, Write
 from swa_core.errors import StateError
+from swa_keras import hdf5_heaps
 
 _WEIGHTS = "model.weights.h5"  # in a .keras file
 _OPTIMIZER = "optimizer/"
@@ -147,11 +148,19 @@ class WeightsFile:
 def _datasets(weights: Path, name: str) -> Iterator[tuple[str, tuple[Spec, int]]]:
     """Every array outside of the optimizer, with its place in the file."""
     size = weights.stat().st_size
+    are_heaps_sound = False
     try:
         with h5py.File(weights, "r") as file:
             for path, dataset in _walk(file, "", name, seen=set()):
-                if not path.startswith(_OPTIMIZER):
-                    yield path, _described(path, dataset, name, size)
+                if path.startswith(_OPTIMIZER):
+                    continue
+                said = None
+                if dataset.dtype.itemsize == 2:
+                    if not are_heaps_sound:
+                        hdf5_heaps.check(weights)
+                        are_heaps_sound = True
+                    said = dataset.attrs.get("dtype")  # Keras' word for what HDF5 does not know
+                yield path, _described(path, dataset, said, name, size)
     except StateError:
         raise
     except Exception as error:  # h5py's are of many kinds
@@ -175,10 +184,9 @@ def _walk(group: Any, path: str, name: str, seen: set[Any]) -> Iterator[tuple[st
             yield from _walk(item, f"{inner}/", name, seen)
 
 
-def _described(path: str, dataset: Any, name: str, size: int) -> tuple[Spec, int]:
+def _described(path: str, dataset: Any, said: Any, name: str, size: int) -> tuple[Spec, int]:
     where = f"array '{path}'"
     place = dataset.id.get_offset()
-    said = dataset.attrs.get("dtype")  # Keras' word for what HDF5 does not know
     dtype = said if said == "bfloat16" else dataset.dtype.name
     if said != "bfloat16" and (dataset.dtype.kind not in "fciub" or not dataset.dtype.isnative):
         raise _broken(name, f"{where} has dtype {said or dataset.dtype}, which is not averaged")

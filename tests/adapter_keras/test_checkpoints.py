@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import zipfile
 
 import h5py
@@ -79,12 +80,13 @@ def test_whole_numbers_that_differ_and_batch_norm(tmp_path):
         np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_bfloat16_is_summed_wide(tmp_path):
-    def half():
-        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype="bfloat16")])
-        return model
+def half(seed=0):
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype="bfloat16")])
 
-    models = [half() for _ in range(3)]
+
+def test_bfloat16_is_summed_wide(tmp_path):
+    models = [half(seed) for seed in range(3)]
     for number, model in enumerate(models):
         model.save_weights(tmp_path / f"{number}.weights.h5")
     average([tmp_path / f"{n}.weights.h5" for n in range(3)], tmp_path / "out.weights.h5")
@@ -96,6 +98,31 @@ def test_bfloat16_is_summed_wide(tmp_path):
 
     expected = np.mean([kernel(model) for model in models], 0)
     np.testing.assert_allclose(kernel(found), expected, rtol=2**-8)
+
+
+@pytest.mark.parametrize(
+    ("number", "length", "message"),
+    [
+        # HDF5's own reader would not return from this one.
+        (0, 0, "a heap of it is damaged"),
+        (0, 8, "a heap of it is damaged"),
+        (1, 2**63, "a heap of it is damaged"),
+        (None, 2**40, "a heap of it is truncated"),
+        (None, 3, "a heap of it is truncated"),
+    ],
+)
+def test_a_file_with_a_damaged_heap_is_refused(tmp_path, number, length, message):
+    path = tmp_path / "a.weights.h5"
+    half().save_weights(path)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"GCOL")  # where it keeps the names of dtypes
+    if number is None:
+        content[place + 8 : place + 16] = struct.pack("<Q", length)
+    else:
+        content[place + 16 : place + 32] = struct.pack("<H6xQ", number, length)
+    path.write_bytes(content)
+    with pytest.raises(StateError, match=message):
+        open_checkpoint(path)
 
 
 def hostile(path, change):
