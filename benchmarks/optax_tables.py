@@ -60,9 +60,15 @@ class Bench:
         return {CEILING: run}
 
 
-def steps(bench: Bench, optimizer: str, n_weights: float) -> Table:
-    """A train step with and without averaging, each in a compiled call."""
-    running = {who.name: Training(who, OPTIMIZERS[optimizer](), n_weights) for who in CONTENDERS}
+def steps(bench: Bench, optimizer: str, n_weights: float, *, constant: bool = False) -> Table:
+    """A train step with and without averaging, each in a compiled call.
+
+    With constant gradients it is the update alone.
+    """
+    running = {
+        who.name: Training(who, OPTIMIZERS[optimizer](), n_weights, constant=constant)
+        for who in CONTENDERS
+    }
     size = sum(w.size for w in jax.tree.leaves(running[PLAIN].parameters))
     runs = {name: each.run(EVERY) for name, each in running.items()}
     times = interleaved(bench.ceiling(size, EVERY) | runs, bench.rounds)
@@ -73,7 +79,8 @@ def steps(bench: Bench, optimizer: str, n_weights: float) -> Table:
             errors[who.name] = running[who.name].error()
             error = errors[who.name]
             assert error < TOLERANCE, f"{who.name}: the average is off by {error:.1e}"
-    title = f"A train step: {optimizer}, {size / 1e6:.1f} M float32 weights"
+    what = "An update by constant gradients" if constant else "A train step"
+    title = f"{what}: {optimizer}, {size / 1e6:.1f} M float32 weights"
     out = Table(title, times, PLAIN, EVERY, absent=bench.absent)
     medians = out.medians()
     more = {name: medians[name] - medians[PLAIN] for name in running if name != PLAIN}

@@ -46,6 +46,7 @@ class Training:
       inner: the optimizer it has.
       n_weights: how many, about.
       scanned: updates in one compiled call; None for a call of its own for each.
+      constant: whether the gradients are ones, so that there is nothing but the update.
 
     Attributes:
       parameters: those it begins with.
@@ -60,8 +61,9 @@ class Training:
         inner: optax.GradientTransformation,
         n_weights: float,
         scanned: int | None = None,
+        constant: bool = False,
     ) -> None:
-        self._contender, self._scanned = contender, scanned
+        self._contender, self._scanned, self._constant = contender, scanned, constant
         self.parameters, self._x = network(n_weights)
         self._tx = contender.optimizer(inner)
         self._start()
@@ -88,7 +90,11 @@ class Training:
 
     def _step(self, carry: Any, x: jax.Array) -> Any:
         params, opt_state, kept = carry
-        updates, opt_state = self._tx.update(jax.grad(_loss)(params, x), opt_state, params)
+        if self._constant:
+            grads = jax.tree.map(jnp.ones_like, params)
+        else:
+            grads = jax.grad(_loss)(params, x)
+        updates, opt_state = self._tx.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         return params, opt_state, self._contender.in_step(kept, params)
 

@@ -98,6 +98,23 @@ def test_nothing_of_the_size_of_the_average_is_copied(scanned, optimizer, every,
     assert copies(program) <= copies(plain)
 
 
+@both_ways
+def test_an_update_by_constants_needs_no_second_copy_of_the_weights(nonfinite):
+    # XLA on the CPU makes one where the average is mixed without a condition.
+    def program(tx):
+        def update(params, state):
+            updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        done = jax.jit(update, donate_argnums=(0, 1)).lower(*start(tx)).compile()
+        copies = [line for line in Program(done.as_text()).all() if line.operation == "copy"]
+        return done.memory_analysis().temp_size_in_bytes, [c for c in copies if c.shape == WHOLE]
+
+    temporary, copies = program(averaging("sgd", 1, nonfinite))
+    assert temporary < BESIDES
+    assert not copies
+
+
 @every_training
 @every_optimizer
 @both_ways
