@@ -130,7 +130,13 @@ class Item:
                 hint="only numbers and booleans of the usual dtypes are averaged.",
             )
         spec = Spec(array.dtype.name, tuple(array.shape))
-        chunk = array.chunk_layout.write_chunk.shape
+        chunk = array.chunk_layout.write_chunk.shape or ()
+        # tensorstore would allocate one, and end the process where it cannot.
+        if any(part > max(size, 1) for part, size in zip(chunk, spec.shape, strict=True)):
+            raise broken(
+                self._name,
+                f"tensor '{name}' has shape {spec.shape} and chunks of {tuple(chunk)}",
+            )
         row = math.prod(spec.shape[1:]) * min(chunk[0], spec.shape[0]) if spec.shape else 1
         if row * spec.storage.itemsize > _memory() // 4:
             raise StateError(

@@ -292,6 +292,11 @@ def test_an_array_that_claims_more_than_the_memory_is_refused(tmp_path):
     )
     with pytest.raises(StateError, match="more than a quarter of this machine's memory at once"):
         open_checkpoint(path)
+    # A chunk that is larger than its array is unpacked as a whole, too.
+    changed(path / "w" / ".zarray", lambda said: said.update(shape=[2, 3], chunks=[2, 10**12]))
+    with pytest.raises(StateError, match=r"\(2, 3\) and chunks of \(2, 1000000000000\)"):
+        open_checkpoint(path)
+    changed(path / "w" / ".zarray", lambda said: said.update(shape=[10**6, 10**6]))
     # In small chunks it needs no memory, but room.
     changed(path / "w" / ".zarray", lambda said: said.update(chunks=[1, 1000]))
     with pytest.raises(OSError, match="4000000000000 bytes are to be written"):
