@@ -19,12 +19,14 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from swa_core import memory_budget
 from swa_core.atomic import replacing
 from swa_core.errors import StateError
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 _MAX_HEADER = 100_000_000  # bytes; what the format's own readers accept
+_PARSED = 27  # bytes that a byte of the header takes at the most, while it is read
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -145,6 +147,7 @@ def read_header(file: IO[bytes], name: str) -> tuple[dict[str, Entry], dict[str,
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
     if not 2 <= length <= min(_MAX_HEADER, size - 8):
         raise _broken(name, "it is no safetensors file, or its beginning is damaged")
+    memory_budget.check(_PARSED * length, f"the header of {name}")
     try:
         header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -35,18 +35,36 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def size(text: str) -> int:
+    """A number of bytes: ``500MB``, ``2GB``, ``1.5GiB``, ``1000``.
+
+    Raises:
+      ArgumentTypeError: anything else.
+
+    >>> size("500MB"), size("1.5GiB")
+    (500000000, 1610612736)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT]?)(i?)B)?", text)
+    unit = 1024 if match and match[3] else 1000
+    power = " KMGT".index((match[2] or " ").upper()) if match else 0
+    number = round(float(match[1]) * unit**power) if match else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 2GiB")
+    return number
+
+
 def bytes_of(number: int) -> str:
     """A size.
 
     >>> bytes_of(102_400_000), bytes_of(999)
     ('102 MB', '999 B')
     """
-    size, unit = float(number), "B"
+    rest, unit = float(number), "B"
     for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
+        if rest < 1000:
             break
-        size, unit = size / 1000, larger
-    return f"{size:.3g} {unit}"
+        rest, unit = rest / 1000, larger
+    return f"{rest:.3g} {unit}"
 
 
 def plural(number: int, noun: str) -> str:
