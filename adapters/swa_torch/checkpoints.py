@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swa_core import memory_budget
 from swa_core.atomic import replacing
 from swa_core.checkpoints import EVERYTHING, Spec
 from swa_core.checkpoints.tensors import Array, Piece, Write
@@ -77,6 +78,11 @@ class StateDictFile:
             for name, tensor in self._held.items()
         }
 
+    @property
+    def memory_to_write(self) -> int:
+        """All of the result, which torch.save takes at once."""
+        return sum(spec.bytes for spec in self.tensors.values())
+
     def read(self, piece: Piece) -> Array:
         tensor = self._held[piece.name]
         if not tensor.is_contiguous():  # not anew for each piece
@@ -114,8 +120,10 @@ def _loaded(path: Path) -> Any:
     try:
         # Old files cannot be mapped, and are read whole.
         is_zip = zipfile.is_zipfile(path)
+        if not is_zip:
+            memory_budget.claim(path.stat().st_size, f"{path.name}, which is read whole,")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except OSError:
+    except (OSError, StateError):
         raise
     except Exception as error:  # pickle, zip and torch each have errors of their own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

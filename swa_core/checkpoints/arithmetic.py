@@ -1,8 +1,7 @@
-"""Means of pieces: widened, summed in float32 or wider, divided once, cast once."""
+"""Numbers of one dtype in another: widened to be summed, rounded once at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -44,28 +43,3 @@ def narrowed(numbers: Array, spec: Spec) -> Array:
     bits = numbers.astype(np.float32, copy=False).view(np.uint32)
     # Half of the last bit that stays, less a little where that bit is even.
     return ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-
-
-def mean(pieces: Iterable[tuple[Array, float]], spec: Spec, dtype: np.dtype[Any]) -> Array:
-    """The weighted mean of one piece of many checkpoints, in ``dtype``.
-
-    Args:
-      pieces: with their weights; each is let go before the next one is asked for.
-      spec: of the tensor.
-      dtype: to sum in.
-    """
-    total, weights = None, 0.0
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told afterwards
-        for piece, weight in pieces:
-            wide = widened(piece, spec, dtype)
-            if weight != 1:
-                wide = wide * dtype.type(weight)
-            if total is None:
-                # Reading hands out memory of its own, but not its dtype.
-                total = wide if wide.flags.writeable else wide.copy()
-            else:
-                np.add(total, wide, out=total)
-            weights += weight
-        assert total is not None
-        result: Array = np.divide(total, dtype.type(weights), out=total)
-        return result

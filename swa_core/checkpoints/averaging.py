@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import platform
 import shutil
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
 from swa_core.atomic import replacing
 from swa_core.checkpoints import safetensors_format
-from swa_core.checkpoints.arithmetic import accumulator, mean, narrowed, widened
+from swa_core.checkpoints.arithmetic import accumulator, widened
+from swa_core.checkpoints.digests import Digests
 from swa_core.checkpoints.opening import open_checkpoint
+from swa_core.checkpoints.sums import PIECE, Room, sum_of
 from swa_core.checkpoints.tensors import Array, Checkpoint, Piece, Spec, Write
 from swa_core.errors import StateError, StructureError
+from swa_core.memory_budget import limited_to
 
 Integers = Literal["equal", "last", "first"]
-_PIECE = 1 << 18  # elements: a megabyte of float32 stays in the cache
 _THREADS = 2
 _HINT = "average checkpoints of one model."
 
@@ -40,6 +42,7 @@ class Plan(NamedTuple):
       averaged: how many tensors are averaged; the others are integers or booleans.
       bytes_read: of all inputs.
       bytes_written: of the result.
+      memory: bytes that are taken at the most, beside what the process has.
     """
 
     inputs: list[str]
@@ -48,6 +51,7 @@ class Plan(NamedTuple):
     averaged: int
     bytes_read: int
     bytes_written: int
+    memory: int
 
 
 def average(
@@ -62,6 +66,7 @@ def average(
     allow_missing: bool = False,
     force: bool = False,
     hashes: bool = True,
+    memory: int | None = None,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
@@ -84,7 +89,10 @@ def average(
         "last" and "first" take that of one.
       allow_missing: average a tensor over the checkpoints that have it.
       force: replace what stands at ``out``.
-      hashes: whether to put SHA-256 into the provenance, which reads every file once more.
+      hashes: whether to put SHA-256 into the provenance. The files are hashed while they are read
+        to be averaged, which takes several times as long as averaging alone where they are in the
+        page cache.
+      memory: bytes that may be taken; see ``Plan.memory``. By default as much as it takes.
       dry_run: check everything, and write nothing.
       progress: called with the bytes read so far and in all.
 
@@ -96,7 +104,7 @@ def average(
       FileExistsError: ``out`` is there already.
       StructureError: tensors differ in names, shapes or dtypes, naming them.
       StateError: a checkpoint is damaged, holds NaN or Inf, or integers that differ, naming file
-        and tensor.
+        and tensor; or more memory would be taken than may be.
       OSError: a file cannot be read or written.
 
     >>> import tempfile
@@ -113,20 +121,35 @@ def average(
         raise ValueError(f'integers must be "equal", "last" or "first", got {integers!r}')
     shares = _weights(weights, len(paths))
     target = Path(out)
-    with ExitStack() as stack:
-        checkpoints = []
+    if memory is not None and memory < 1:
+        raise ValueError(f"memory must be a number of bytes, got {memory!r}")
+    with limited_to(memory) as budget, ExitStack() as stack:
+        checkpoints: list[Checkpoint] = []
         for path in paths:
             checkpoint = open_checkpoint(path, key=key, trust=trust)
             stack.callback(checkpoint.close)
+            if checkpoints and hasattr(checkpoint, "share_with"):
+                checkpoint.share_with(checkpoints[0])
             checkpoints.append(checkpoint)
         job = _Job(checkpoints, shares, dtype, integers, allow_missing)
-        plan = job.plan()
+        if not _is_plain(checkpoints[0], target):
+            budget.claim(getattr(checkpoints[0], "memory_to_write", 0), f"writing {target.name}")
+        budget.claim(job.memory(), f"averaging {len(checkpoints)} checkpoints")
+        plan = job.plan(budget.claimed)
         _check_target(target, plan, [file for c in checkpoints for file in c.files], force=force)
         if dry_run:
             return plan
+        digests = job.digests() if hashes else None
+        total = plan.bytes_read + (digests.bytes_more if digests else 0)
+
+        def tell(done: int) -> None:
+            if progress is not None:
+                progress(done, total)
+
         with _writing(checkpoints[0], target) as write:
-            write(job.pieces(progress or (lambda done, of: None)))
-        _write_provenance(target, checkpoints, plan, hashes=hashes)
+            write(job.pieces(digests, tell))
+            found = digests.found(lambda more: tell(plan.bytes_read + more)) if digests else {}
+        _write_provenance(target, checkpoints, plan, found)
     return plan
 
 
@@ -147,6 +170,7 @@ class _Job:
         self.integers = integers
         self.tensors = checkpoints[0].tensors
         self.threads = _THREADS if all(c.is_random for c in checkpoints) else 1
+        self._rooms = threading.local()
         _check_same(checkpoints, allow_missing=allow_missing)
         # Who has a tensor; all of them, unless some may be missing.
         self.holders = {
@@ -160,7 +184,7 @@ class _Job:
                     hint=_HINT,
                 )
 
-    def plan(self) -> Plan:
+    def plan(self, memory: int) -> Plan:
         return Plan(
             [str(c.path) for c in self.checkpoints],
             self.weights,
@@ -168,69 +192,145 @@ class _Job:
             sum(spec.is_averaged for spec in self.tensors.values()),
             sum(s.bytes * len(self.holders[name]) for name, s in self.tensors.items()),
             sum(spec.bytes for spec in self.tensors.values()),
+            memory,
         )
 
-    def pieces(self, progress: Callable[[int, int], None]) -> Iterator[tuple[Piece, Array]]:
+    def memory(self) -> int:
+        """Bytes that are taken beside what the checkpoints hold open."""
+        # Of each thread a sum, what is read, and that widened, of 16 bytes for each number at the
+        # most; and results that wait to be written.
+        pieces = 3 * self.threads + (2 * self.threads + 1)
+        size = max(
+            (
+                min(self._step(name), spec.elements)
+                * max(spec.storage.itemsize, accumulator(spec, self.least).itemsize)
+                for name, spec in self.tensors.items()
+            ),
+            default=0,
+        )
+        # What a list of names, shapes and places is of each tensor, once and for all.
+        return pieces * size + 1000 * len(self.tensors)
+
+    def digests(self) -> Digests:
+        """Hashes of the files, to be made while they are read."""
+        is_read = [
+            weight != 0 and len(c.tensors) == len(self.tensors)
+            for c, weight in zip(self.checkpoints, self.weights, strict=True)
+        ]
+        return Digests(self.checkpoints, [*self.tensors], is_read)
+
+    def pieces(
+        self, digests: Digests | None, tell: Callable[[int], None]
+    ) -> Iterator[tuple[Piece, Array]]:
         """The result, piece by piece in the order of the first checkpoint; a few ahead."""
-        total, done = self.plan().bytes_read, 0
+        done = 0
         pool = ThreadPoolExecutor(self.threads)
         try:
             waiting: deque[tuple[Piece, Future[Array]]] = deque()
-            for piece in self._cut():
-                waiting.append((piece, pool.submit(self._averaged, piece)))
+            for number, piece in enumerate(self._cut()):
+                waiting.append((piece, pool.submit(self._averaged, piece, number, digests)))
                 if len(waiting) <= self.threads:
                     continue
                 done += self._size(waiting[0][0])
                 yield waiting[0][0], waiting.popleft()[1].result()
-                progress(done, total)
+                tell(done)
             for piece, result in waiting:
                 done += self._size(piece)
                 yield piece, result.result()
-                progress(done, total)
+                tell(done)
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _cut(self) -> Iterator[Piece]:
         for name, spec in self.tensors.items():
-            unit = max(self.checkpoints[place].stretch(name) for place in self.holders[name])
-            stretch = unit * max(1, round(_PIECE / unit))
-            for begin in range(0, spec.elements, stretch):
-                yield Piece(name, begin, min(begin + stretch, spec.elements))
+            step = self._step(name)
+            for begin in range(0, spec.elements, step):
+                yield Piece(name, begin, min(begin + step, spec.elements))
+
+    def _step(self, name: str) -> int:
+        """Elements of a tensor that are averaged at once."""
+        unit = max(self.checkpoints[place].stretch(name) for place in self.holders[name])
+        return unit * max(1, round(PIECE / unit))
 
     def _size(self, piece: Piece) -> int:
         itemsize = self.tensors[piece.name].storage.itemsize
         return (piece.end - piece.begin) * itemsize * len(self.holders[piece.name])
 
-    def _averaged(self, piece: Piece) -> Array:
-        spec = self.tensors[piece.name]
-        holders = self.holders[piece.name]
-        if not spec.is_averaged:
-            return self._agreed(piece, holders)
-        dtype = accumulator(spec, self.least)
-        counted = [place for place in holders if self.weights[place]]
-        result = mean(
-            ((self.checkpoints[p].read(piece), self.weights[p]) for p in counted), spec, dtype
-        )
-        if not np.isfinite(result).all():
-            self._blame(piece, spec, counted)
-        return narrowed(result, spec)
+    def _averaged(self, piece: Piece, number: int, digests: Digests | None) -> Array:
+        if not hasattr(self._rooms, "room"):
+            self._rooms.room = Room()
 
-    def _agreed(self, piece: Piece, holders: list[int]) -> Array:
-        if self.integers != "equal":
-            return self.checkpoints[holders[-1 if self.integers == "last" else 0]].read(piece)
-        first = self.checkpoints[holders[0]].read(piece)
-        for place in holders[1:]:
-            if not np.array_equal(self.checkpoints[place].read(piece), first):
-                a, b = (self.checkpoints[p].path.name for p in (holders[0], place))
+        def read(place: int, into: Array) -> Array:
+            found = self._read(place, piece, into)
+            if digests is not None and digests.wants(place):
+                digests.add(place, number, piece.name, found)
+            return found
+
+        try:
+            # What is not finite is told afterwards.
+            with np.errstate(invalid="ignore", over="ignore"):
+                if self.tensors[piece.name].is_averaged:
+                    return self._mean(piece, read)
+                return self._agreed(piece, read, digests)
+        except BaseException:
+            if digests is not None:
+                digests.stop()
+            raise
+
+    def _mean(self, piece: Piece, read: Callable[[int, Array], Array]) -> Array:
+        spec = self.tensors[piece.name]
+        counted = [place for place in self.holders[piece.name] if self.weights[place]]
+        dtype = accumulator(spec, self.least)
+        total = sum_of(spec, dtype, piece.end - piece.begin, self._rooms.room)
+        for place in counted:
+            total.add(read(place, total.space()), self.weights[place])
+        mean = total.mean()
+        if mean is None:
+            self._blame(piece, spec, counted, overflows=total.overflows())
+        return mean
+
+    def _agreed(
+        self, piece: Piece, read: Callable[[int, Array], Array], digests: Digests | None
+    ) -> Array:
+        """What all hold, or what was chosen of it; the others are read if they are hashed."""
+        holders = self.holders[piece.name]
+        spec = self.tensors[piece.name]
+        n = piece.end - piece.begin
+        chosen = holders[-1 if self.integers == "last" else 0]
+        result = np.empty(n, spec.storage)
+        other = self._rooms.room.array("read", n, spec.storage)
+        if self.integers == "equal":
+            result = read(chosen, result)
+        for place in holders:
+            if self.integers != "equal":
+                if place == chosen:
+                    result = read(place, result)
+                elif digests is not None and digests.wants(place):
+                    read(place, other)
+            elif place != chosen and not np.array_equal(read(place, other), result):
+                a, b = (self.checkpoints[p].path.name for p in (chosen, place))
                 raise StateError(
-                    f"tensor '{piece.name}' of {self.tensors[piece.name].dtype} differs between "
-                    f"{a} and {b}, and whole numbers are not averaged.",
+                    f"tensor '{piece.name}' of {spec.dtype} differs between {a} and {b}, and "
+                    "whole numbers are not averaged.",
                     hint='say integers="last" or "first" (--integers last).',
                 )
-        return first
+        return result
 
-    def _blame(self, piece: Piece, spec: Spec, counted: list[int]) -> None:
+    def _read(self, place: int, piece: Piece, into: Array) -> Array:
+        checkpoint = self.checkpoints[place]
+        read_into: Callable[[Piece, Array], None] | None = getattr(checkpoint, "read_into", None)
+        if read_into is None:
+            return checkpoint.read(piece)
+        read_into(piece, into)
+        return into
+
+    def _blame(self, piece: Piece, spec: Spec, counted: list[int], *, overflows: bool) -> NoReturn:
         """Names the checkpoint that made a mean NaN or Inf."""
+        if overflows:
+            raise StateError(
+                f"the mean of tensor '{piece.name}' is too large for {spec.dtype}.",
+                hint="give no negative weights: without them no mean is larger than its numbers.",
+            )
         for place in counted:
             numbers = widened(
                 self.checkpoints[place].read(piece), spec, accumulator(spec, "float32")
@@ -249,9 +349,13 @@ class _Job:
 
 def _writing(first: Checkpoint, target: Path) -> AbstractContextManager[Write]:
     """A checkpoint like the first, or one file of safetensors where the name says so."""
-    if target.suffix == ".safetensors" and first.path.suffix != ".safetensors":
+    if _is_plain(first, target):
         return safetensors_format.writing_plainly(target, first.tensors)
     return first.writing(target)
+
+
+def _is_plain(first: Checkpoint, target: Path) -> bool:
+    return target.suffix == ".safetensors" and first.path.suffix != ".safetensors"
 
 
 def _weights(weights: Sequence[float] | None, n: int) -> list[float]:
@@ -312,7 +416,7 @@ def _check_target(target: Path, plan: Plan, inputs: list[Path], *, force: bool) 
 
 
 def _write_provenance(
-    target: Path, checkpoints: list[Checkpoint], plan: Plan, *, hashes: bool
+    target: Path, checkpoints: list[Checkpoint], plan: Plan, hashes: Mapping[Path, str]
 ) -> None:
     from swa_core import __version__
 
@@ -322,7 +426,7 @@ def _write_provenance(
             "weight": weight,
             "files": {
                 str(file.relative_to(checkpoint.path) if file != checkpoint.path else file.name): (
-                    _sha256(file) if hashes else None
+                    hashes.get(file)
                 )
                 for file in checkpoint.files
             },
@@ -333,8 +437,3 @@ def _write_provenance(
     said = {"inputs": inputs, "versions": versions | {"python": platform.python_version()}}
     with replacing(target.with_name(target.name + ".provenance.json")) as file:
         file.write((json.dumps(said, indent=2) + "\n").encode())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,9 @@ import numpy as np
 from swa_core import safetensors_files
 from swa_core.atomic import replacing, replacing_folder
 from swa_core.checkpoints.containing import is_contained
-from swa_core.checkpoints.tensors import Array, Piece, Spec, Write
+from swa_core.checkpoints.digests import Layout
+from swa_core.checkpoints.reading import RandomFile
+from swa_core.checkpoints.tensors import Array, Checkpoint, Piece, Spec, Write
 from swa_core.errors import StateError
 
 INDEX = ".safetensors.index.json"
@@ -29,11 +31,12 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = [path]
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file = RandomFile(path)
         try:
-            entries, self._metadata, self._start = safetensors_files.read_header(
-                self._file, path.name
-            )
+            with self._file.opened() as file:
+                entries, self._metadata, self._start = safetensors_files.read_header(
+                    file, path.name
+                )
         except BaseException:
             self.close()
             raise
@@ -45,17 +48,31 @@ class SafetensorsFile:
         }
 
     def read(self, piece: Piece) -> Array:
+        array = np.empty(piece.end - piece.begin, self.tensors[piece.name].storage)
+        self.read_into(piece, array)
+        return array
+
+    def read_into(self, piece: Piece, array: Array) -> None:
         entry = self._entries[piece.name]
-        array = np.empty(piece.end - piece.begin, entry.dtype)
         place = self._start + entry.begin + piece.begin * entry.dtype.itemsize
-        into = memoryview(array.view(np.uint8))  # type: ignore[arg-type]
-        if os.preadv(self._file.fileno(), [into], place) != array.nbytes:
+        if not self._file.read_into(memoryview(array.view(np.uint8)), place):  # type: ignore[arg-type]
             raise StateError(
                 f"cannot read tensor '{piece.name}' of {self.path.name}: the file became shorter.",
                 hint="is it still being written?",
             )
-        native: Array = array.astype(array.dtype.newbyteorder("="), copy=False)
-        return native
+        if not entry.dtype.isnative:
+            array.byteswap(inplace=True)
+
+    def layouts(self) -> list[Layout]:
+        """Its bytes as tensors, where they are those of numbers in memory."""
+        if sys.byteorder != "little":
+            return []
+        return [Layout(self.path, self._start, tuple(self._entries))]
+
+    def share_with(self, other: Checkpoint) -> None:
+        """Keeps one description with a checkpoint of the same layout: there may be many."""
+        if isinstance(other, SafetensorsFile) and other._entries == self._entries:
+            self._entries, self.tensors = other._entries, other.tensors
 
     def stretch(self, name: str) -> int:
         return 1
@@ -118,6 +135,24 @@ class SafetensorsFolder:
 
     def stretch(self, name: str) -> int:
         return 1
+
+    def read_into(self, piece: Piece, array: Array) -> None:
+        self._shard_of[piece.name].read_into(piece, array)
+
+    def layouts(self) -> list[Layout]:
+        """The bytes of its shards as tensors."""
+        return [layout for shard in self._shards.values() for layout in shard.layouts()]
+
+    def share_with(self, other: Checkpoint) -> None:
+        """Keeps one description with a checkpoint of the same layout: there may be many."""
+        if isinstance(other, SafetensorsFolder) and [*other._shards] == [*self._shards]:
+            for shard, its in zip(self._shards.values(), other._shards.values(), strict=True):
+                shard.share_with(its)
+            if other.tensors == self.tensors:
+                self.tensors = other.tensors
+            self._shard_of = {
+                tensor: shard for shard in self._shards.values() for tensor in shard.tensors
+            }
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[Write]:

@@ -75,7 +75,13 @@ class Checkpoint(Protocol):
 
     def read(self, piece: Piece) -> Array:
         """A piece, one-dimensional, in ``Spec.storage``. Pieces of a tensor come in order; several
-        threads may ask for those of different tensors, or of one whose ``is_random`` is true."""
+        threads may ask for those of different tensors, or of one whose ``is_random`` is true.
+
+        A checkpoint may have more: ``read_into(piece, array)``, which fills the caller's memory;
+        ``layouts()``, the files whose bytes are tensors one after the other, to be hashed while
+        they are read; ``share_with(other)``, which lets go of a description that equals the
+        other's; ``memory_to_write``, the bytes that ``writing`` holds at once.
+        """
 
     @property
     def is_random(self) -> bool:
@@ -89,7 +95,7 @@ class Checkpoint(Protocol):
         """A checkpoint like this one, written to ``path``: whole at the end of the block, or not.
 
         What it gives takes the pieces of all tensors in the order of ``tensors``, flattened, in
-        ``Spec.storage``.
+        ``Spec.storage``; these may be kept.
         """
 
     def close(self) -> None:

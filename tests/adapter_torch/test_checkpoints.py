@@ -128,3 +128,18 @@ def test_damaged_files_are_refused_and_leave_nothing(tmp_path):
 def test_other_files_are_left_to_others(tmp_path):
     (tmp_path / "a.txt").write_text("")
     assert checkpoints.open_checkpoint(tmp_path / "a.txt") is None
+
+
+def test_what_is_held_in_memory_is_claimed_first(tmp_path):
+    content = {"w": torch.zeros(1 << 20)}
+    new = save(tmp_path / "new.pt", content)
+    old = save(tmp_path / "old.pt", content, _use_new_zipfile_serialization=False)
+    plan = average([new], tmp_path / "out.pt", dry_run=True)
+    assert plan.memory > 4 << 20
+    with pytest.raises(StateError, match=r"writing out\.pt takes 4194304 bytes of memory"):
+        average([new], tmp_path / "out.pt", memory=4_000_000)
+    with pytest.raises(StateError, match=r"old\.pt, which is read whole, takes \d+ bytes"):
+        average([old], tmp_path / "out.pt", memory=4_000_000)
+    # As safetensors the result need not be held.
+    plain = average([new], tmp_path / "out.safetensors", dry_run=True)
+    assert plain.memory == plan.memory - (4 << 20)

@@ -496,6 +496,14 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert "would be averaged" in said
 
 
+def test_a_damaged_checkpoint_is_no_wrong_usage(tmp_path, capsys):
+    paths = checkpoints(tmp_path, 2)
+    paths[1].write_bytes(paths[1].read_bytes()[:-1])
+    status, said, err = command(capsys, *paths, "-o", tmp_path / "out.safetensors")
+    assert (status, said) == (1, "")
+    assert err.startswith("swa average: cannot read epoch-1.safetensors")
+
+
 def test_the_command_takes_the_best(tmp_path, capsys):
     paths = checkpoints(tmp_path, 3)
     metrics = tmp_path / "metrics.json"
