@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from adapter_optax.distributed.training import P, mesh_of, whole
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from swa_optax import update_bn
@@ -76,6 +77,25 @@ def check_statistics_that_are_sharded_stay_so() -> None:
     found = update_bn(jax.tree_util.Partial(forward, params), stats, BATCHES)
     assert all(leaf.sharding == place for leaf in jax.tree.leaves(found))
     are_those_of_all(found)
+
+
+def check_a_model_of_nnx_stays_where_it_is() -> None:
+    mesh = mesh_of("grid")
+    model = nnx.Dict(dense=nnx.Linear(6, 4, use_bias=False, rngs=nnx.Rngs(0)))
+    model.norm = nnx.BatchNorm(4, momentum=0.9, rngs=nnx.Rngs(0))
+    nnx.update(model, jax.device_put(nnx.state(model), NamedSharding(mesh, P())))
+    model.dense.kernel.set_value(jax.device_put(KERNEL, NamedSharding(mesh, P(None, "model"))))
+    before = jax.tree.map(lambda leaf: leaf.sharding, nnx.to_pure_dict(nnx.state(model)))
+
+    def forward(model: Any, x: Any) -> None:
+        with jax.numpy_rank_promotion("allow"):
+            model.norm(jnp.tanh(model.dense(x)))
+
+    rows = NamedSharding(mesh, P("data"))
+    update_bn(forward, model, [jax.device_put(batch, rows) for batch in BATCHES])
+    state = nnx.to_pure_dict(nnx.state(model))
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == before
+    are_those_of_all(state)
 
 
 CHECKS = {
