@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import ceiling
@@ -71,8 +72,11 @@ def main() -> None:
         for optimizer in OPTIMIZERS:
             show(steps(bench, optimizer, n_weights))
     show(steps(bench, "SGD", 1e4 if options.quick else 25 * millions, constant=True))
-    for n_weights in (1e4,) if options.quick else (millions, 12 * millions):
-        show(scans(bench, "SGD", n_weights))
+    show(scans(bench, "SGD", 1e4 if options.quick else millions))
+    few = replace(bench, rounds=min(bench.rounds, 5))
+    if not options.quick:
+        show(scans(few, "SGD", 12 * millions))
+        show(scans(few, "SGD", 12 * millions, constant=True))
     for count in (10,) if options.quick else (10, 200, 1000):
         show(snapshots(bench, count, 25 * millions, "float32"))
     show(snapshots(bench, 10, 25 * millions, "bfloat16"))

@@ -94,17 +94,19 @@ def steps(bench: Bench, optimizer: str, n_weights: float, *, constant: bool = Fa
     return out
 
 
-def scans(bench: Bench, optimizer: str, n_weights: float) -> Table:
+def scans(bench: Bench, optimizer: str, n_weights: float, *, constant: bool = False) -> Table:
     """A scan of train steps in one compiled call."""
     inside = [who for who in CONTENDERS if who.in_loop is None]
     running = {
-        who.name: Training(who, OPTIMIZERS[optimizer](), n_weights, SCANNED) for who in inside
+        who.name: Training(who, OPTIMIZERS[optimizer](), n_weights, SCANNED, constant)
+        for who in inside
     }
     times = interleaved({name: each.run(1) for name, each in running.items()}, bench.rounds)
     _expect_the_same_training(running)
     _expect_the_same_averages(inside, running)
     size = sum(w.size for w in jax.tree.leaves(running[PLAIN].parameters))
-    title = f"A step of a scan of {SCANNED}: {optimizer}, {size / 1e6:.1f} M float32 weights"
+    what = "An update by constant gradients" if constant else "A train step"
+    title = f"{what} in a scan of {SCANNED}: {optimizer}, {size / 1e6:.1f} M float32 weights"
     out = Table(title, times, PLAIN, SCANNED)
     medians = out.medians()
     out.column("fastest", out.fastest(), "{:.2f}")
