@@ -23,6 +23,7 @@ DECAY = 0.9
 EVERY = 10
 NEVER = 10**9
 PLAIN = "without averaging"
+UNTOUCHED = "an average carried along, untouched"
 BY_HAND = "EMA by hand, in the step"
 WHERE = "where, every 10th"
 ZERO = "weight 0, every 10th"
@@ -105,6 +106,11 @@ class Contender:
 
 def _copy(params: Tree) -> Tree:
     return jax.tree.map(partial(jnp.array, copy=True), params)
+
+
+def carried_along() -> Contender:
+    """An average that the step is given and gives back, and that nothing is done with."""
+    return Contender(UNTOUCHED, of_none, init=_copy)
 
 
 def ours(every: int, nonfinite: str) -> Contender:

@@ -33,9 +33,10 @@ LEGEND = """\
 x: ratio to the base, median and quartiles of the rounds; fastest: that of the fastest rounds, which
 other work disturbs the least. ms more: than without averaging; of C: the same, in times of the loop
 in C on as many weights. of bound: how much longer than memory takes to be gone over as often as the
-way must (3 times; 4 to look for NaN first) at the speed of the loop in C. error: relative, to
-float64. In copies of the weights: holds, what averaging keeps; + temp, what the compiled step needs
-besides. compile s: compiling, in the snapshots' tables with the first call."""
+way must (3 times; 4 to look for NaN first) at the speed of the loop in C. us more: in the fastest
+rounds. error: relative, to float64. In copies of the weights: holds, what averaging keeps; + temp,
+what the compiled step needs besides. compile s: compiling, in the snapshots' tables with the first
+call."""
 
 
 def main() -> None:
