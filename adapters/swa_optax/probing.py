@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from swa_core import BatchNormError
-from swa_optax.dependence import chains
+from swa_optax.dependence import UNKNOWN, chains
 from swa_optax.paths import Path, Tree, average_dtype, leaves
 from swa_optax.placing import fetched
 
@@ -41,11 +41,13 @@ class Probe:
 
     def __init__(self, apply: Partial, stats: Tree, paths: list[Path], *, keep: bool) -> None:
         places = {path: place for place, path in enumerate(leaves(stats))}
-        self.apply = apply
         self.stats = stats
         self.places = {path: places[path] for path in paths}
         self.shares: Arrays = {}  # 1 - m, of those that move
-        self.moved, self.measured = (_moved, _measured) if keep else _uncached()
+        if keep:
+            self.apply, self.moved, self.measured = apply, _moved, _measured
+        else:
+            self.apply, self.moved, self.measured = _forgotten(apply)
 
     def start(self, batch: Any) -> Any:
         """Starts to compute; ``finish`` waits for the result."""
@@ -81,7 +83,7 @@ class Probe:
 
     def measure(self, batch: Any) -> Any:
         places = tuple(self.places.values())
-        return self.measured(self.moved, self.apply, self.stats, batch, places)
+        return self.measured(self.apply, self.stats, batch, places)
 
     def find_moving(self, batch: Any) -> dict[Path, int]:
         """Those that the forward changes, each of them once, and by no running average."""
@@ -94,12 +96,14 @@ class Probe:
         others = len(traced.jaxpr.invars) - len(old)
         inputs = [{}] * others + [{place: None} for place in range(len(old))]
         found = chains(traced.jaxpr, inputs)
+        divided = chains(traced.jaxpr, inputs, "div")
         moving = [place for place, chain in enumerate(found) if chain.get(place, 1) is not None]
         for place in moving:
-            times = found[place].get(place, 1)
+            times = max(chain[place].get(place, 1) or 0 for chain in (found, divided))
             if times > 1:
+                often = f"{times} times" if times < UNKNOWN else "in a loop of any length"
                 raise BatchNormError(
-                    f"'{paths[place]}' is updated {times} times in one forward: what each of them "
+                    f"'{paths[place]}' is updated {often} in one forward: what each of them "
                     "saw cannot be told from their running average.",
                     hint="let apply run the layer once: give what it shares (the two views of a "
                     "siamese network, say) as batches of their own.",
@@ -152,7 +156,7 @@ def _nothing_changed() -> BatchNormError:
 
 
 def _moved_from(
-    apply: Partial, stats: Tree, batch: Any, *, places: tuple[int, ...], values: list[jax.Array]
+    apply: Apply, stats: Tree, batch: Any, *, places: tuple[int, ...], values: list[jax.Array]
 ) -> list[jax.Array]:
     """The new statistics at these places, with these values there before."""
     flat, structure = jax.tree.flatten(stats)
@@ -177,7 +181,7 @@ def _moved_from(
 
 
 def _measured_from(
-    moved: Any, apply: Partial, stats: Tree, batch: Any, places: tuple[int, ...]
+    moved: Any, apply: Any, stats: Tree, batch: Any, places: tuple[int, ...]
 ) -> list[jax.Array]:
     """What becomes of statistics of zero, of large and of very large ones, along a first axis.
 
@@ -195,14 +199,23 @@ def _measured_from(
     return jax.vmap(at)([levels(leaf) for leaf in _wide(stats, places)])
 
 
-def _uncached() -> tuple[Any, Any]:
-    """The two, compiled anew: a function may close over other parameters by now."""
-    moved = jax.jit(partial(_moved_from), static_argnames="places")
-    return moved, jax.jit(partial(_measured_from), static_argnums=(0, 4))
+def _forgotten(apply: Partial) -> tuple[Any, Any, Any]:
+    """What stands for a forward as an argument, and the two, compiled anew: a function may close
+    over other parameters by now.
+
+    Functions are no arguments of theirs: JAX would remember them with the structure of the
+    arguments, and so what they close over, for as long as the process lives.
+    """
+
+    def moved_from(arguments: tuple[Any, ...], *others: Any, **options: Any) -> list[jax.Array]:
+        return _moved_from(partial(apply.func, *arguments), *others, **options)
+
+    moved = jax.jit(moved_from, static_argnames="places")
+    return apply.args, moved, jax.jit(partial(_measured_from, moved), static_argnums=3)
 
 
 _moved = jax.jit(_moved_from, static_argnames="places")
-_measured = jax.jit(_measured_from, static_argnums=(0, 4))
+_measured = jax.jit(partial(_measured_from, _moved), static_argnums=3)
 
 
 def _wide(stats: Tree, places: tuple[int, ...]) -> list[jax.Array]:
