@@ -33,18 +33,18 @@ def equinox_pairs(stats: Tree) -> list[tuple[Path, Path]]:
     return [
         (Path((entry, 0)), Path((entry, 1)))
         for entry, parts in _entries(stats).items()
-        if _is_pair(parts) and _scalar_before(stats, entry) is not None
+        if _is_pair(parts) and _count_before(stats, entry) is not None
     ]
 
 
 def as_kept(stats: Tree, path: Path, new: Any, momentum: Any) -> Any:
     """A statistic as the layer keeps it, so that it is ``new`` where it is used."""
-    count = _scalar_before(stats, path[0])
-    if count is None or count.dtype == bool or count == 0:
+    count = _count_before(stats, path[0])
+    if count is None or count.dtype == bool:
         return new
     # In float32, as the layer computes what it divides by.
-    base = jnp.asarray(momentum, jnp.float32)
-    return new * np.float64(1 - base ** jnp.asarray(count, jnp.int32))
+    base, count = jnp.asarray(momentum, jnp.float32), jnp.asarray(count, jnp.int32)[..., None]
+    return new * np.where(count == 0, 1.0, np.float64(1 - base**count))
 
 
 def _entries(stats: Tree) -> dict[Any, list[Any]]:
@@ -59,14 +59,16 @@ def _is_pair(parts: list[Any]) -> bool:
         return False
     (_, mean), (_, var) = parts
     floating = jnp.issubdtype(mean.dtype, jnp.floating)
-    return floating and mean.ndim == 1 and (mean.shape, mean.dtype) == (var.shape, var.dtype)
+    return floating and mean.ndim >= 1 and (mean.shape, mean.dtype) == (var.shape, var.dtype)
 
 
-def _scalar_before(stats: Tree, entry: Any) -> jax.Array | None:
-    """The counter or flag that stands before an entry."""
-    parts = _entries(stats).get(entry - 1, [])
+def _count_before(stats: Tree, entry: Any) -> jax.Array | None:
+    """The counter or flag that stands before the pair of an entry, one for each layer."""
+    entries = _entries(stats)
+    parts = entries.get(entry - 1, [])
     if len(parts) != 1 or parts[0][0] != ():
         return None
-    scalar: jax.Array = parts[0][1]
-    counts = scalar.dtype == bool or jnp.issubdtype(scalar.dtype, jnp.integer)
-    return scalar if scalar.ndim == 0 and counts else None
+    count: jax.Array = parts[0][1]
+    counts = count.dtype == bool or jnp.issubdtype(count.dtype, jnp.integer)
+    (_, mean), _ = entries[entry]
+    return count if counts and count.shape == mean.shape[:-1] else None
