@@ -99,7 +99,7 @@ def _made(before: Tree, after: Tree, updates: Tree) -> jax.Array | None:
             passed = new.steps_since_sync == 0  # elsewhere the adversary is on its way
         else:
             # Bad updates pass after too many in a row, and are no zeros then.
-            passed = lax.cond(new.last_finite, _yes, _any_change, updates)
+            passed = lax.cond(new.last_finite, _finite, _any_change, new.last_finite, updates)
         made = passed if made is None else made & passed
     return made
 
@@ -121,16 +121,25 @@ def _gates(before: Tree, after: Tree) -> Iterator[tuple[Any, Any]]:
     elif isinstance(after, optax.contrib.SAMState):
         yield before, after
         yield from _gates(before.opt_state, after.opt_state)
-    elif isinstance(after, optax.InjectHyperparamsState | optax.InjectStatefulHyperparamsState):
+    elif isinstance(after, _PASSING_ON):
         yield from _gates(before.inner_state, after.inner_state)
 
 
-def _yes(updates: Tree) -> jax.Array:
-    return jnp.array(True)
+# The states of what makes no decision of its own, around an inner optimizer.
+_PASSING_ON = (
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+    optax.contrib.SplitRealAndImaginaryState,
+)
 
 
-def _any_change(updates: Tree) -> jax.Array:
-    changed = jnp.array(False)
+def _finite(last_finite: jax.Array, updates: Tree) -> jax.Array:
+    # No constant: inside of shard_map it differs between the shards as the updates do.
+    return last_finite
+
+
+def _any_change(last_finite: jax.Array, updates: Tree) -> jax.Array:
+    changed = last_finite
     for leaf in jax.tree.leaves(updates):
         changed |= jnp.any(leaf != 0)
     return changed
