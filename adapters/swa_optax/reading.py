@@ -132,9 +132,9 @@ def _last(part: Any) -> Any:
 
 
 def _child(part: Any, step: Any) -> Any:
-    if hasattr(step, "name"):
-        return getattr(part, step.name)
-    return part[step.idx if hasattr(step, "idx") else step.key]
+    # By JAX itself: a container of one's own need not have its children as items or attributes.
+    children, _ = jax.tree_util.tree_flatten_with_path(part, is_leaf=lambda node: node is not part)
+    return next(child for path, child in children if path[0] == step)
 
 
 def n_averaged(opt_state: Tree) -> int | jax.Array:
