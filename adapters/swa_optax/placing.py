@@ -13,9 +13,9 @@ from swa_optax.memory import on_host
 
 
 def placed_like(value: Any, like: Any, dtype: Any = None) -> jax.Array:
-    """A copy of ``value`` in the dtype, memory and ``NamedSharding`` of the array ``like``.
+    """A copy of ``value`` in the dtype and memory, and on the devices, of the array ``like``.
 
-    An array without one stays uncommitted, as JAX makes them, so that a compiled step that took
+    It is committed to them, or uncommitted, as ``like`` is, so that a compiled step that took
     ``like`` takes the copy without compiling again.
 
     Args:
@@ -28,13 +28,19 @@ def placed_like(value: Any, like: Any, dtype: Any = None) -> jax.Array:
     """
     dtype = jnp.result_type(like) if dtype is None else dtype
     sharding = getattr(like, "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding) and not on_host(like):
+    if not isinstance(sharding, jax.sharding.NamedSharding) and not _is_placed(like):
         return jnp.array(value, dtype=dtype, copy=True)
     if isinstance(value, jax.Array):
         return jax.device_put(jnp.array(value, dtype=dtype, copy=True), sharding)
     # Out of numpy's memory each device gets its part: none has to hold the whole. The copy is
     # JAX's own, for it may go on using that memory.
     return jax.device_put(np.array(value, dtype=dtype), sharding)
+
+
+def _is_placed(array: Any) -> bool:
+    """Whether somebody put an array where it is, beside a device or on a certain one."""
+    traced = isinstance(array, jax.core.Tracer)  # which JAX has not placed yet
+    return on_host(array) or (not traced and getattr(array, "committed", False))
 
 
 def fetched(array: Any) -> npt.NDArray[Any]:
