@@ -11,13 +11,14 @@ from swa_core import Schedule, SWAConfig, SWAState
 from swa_core.averaging import check_leaves
 from swa_optax.paths import Tree
 from swa_optax.reading import find_state, refuse_ensemble
+from swa_optax.resolving import Config
 from swa_optax.saving import named, restored, state_to_dict
 
 
 def save_average(
     path: str | os.PathLike[str],
     opt_state: Tree,
-    config: SWAConfig,
+    config: Config,
     *,
     schedule: Schedule | None = None,
 ) -> None:
@@ -30,11 +31,12 @@ def save_average(
       path: the file, by custom ``*.safetensors``; replaced if it is there.
       opt_state: the state of an optimizer with ``swa`` in it, of any nesting. Arrays on the devices
         of several processes are gathered: all of them have to call this, and each writes the file.
-      config: what it was made with.
+      config: what it was made with: a ``SWAConfig``, a mapping, or the path of a file.
       schedule: of the training (``config.schedule(...)``); who goes on is held to it.
 
     Raises:
       StateError: the state holds no average, or several; or two leaves have the same path.
+      ConfigError: faults in the configuration.
       OSError: the file cannot be written; an older one is still there.
 
     >>> import tempfile
@@ -44,6 +46,7 @@ def save_average(
     >>> load_average(file, SWAState(0, 0, 0, 0.0, {"w": jnp.ones(1)})).average
     {'w': Array([0.], dtype=float32)}
     """
+    config = SWAConfig.of(config)
     saved = state_to_dict(opt_state)
     # Before the first snapshot the state holds the initial weights, which are no average.
     average = saved["average"] if saved["n_averaged"] else {}
@@ -56,7 +59,7 @@ def load_average(
     path: str | os.PathLike[str],
     opt_state: Tree,
     *,
-    config: SWAConfig | None = None,
+    config: Config | None = None,
     schedule: Schedule | None = None,
     names: Mapping[str, str] | None = None,
     transform: Mapping[str, Callable[[Any], Any]] | None = None,
@@ -80,7 +83,7 @@ def load_average(
       StructureError: of other parameters.
     """
     found = swa_core.load_average(path)
-    found.check(schedule, None if config is None else config.rule)
+    found.check(schedule, None if config is None else SWAConfig.of(config).rule)
     if names is not None or transform is not None:
         same = {name: name for name in found.state.average}
         found = found.renamed(same if names is None else names, transform)
