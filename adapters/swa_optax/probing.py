@@ -43,6 +43,7 @@ class Probe:
         places = {path: place for place, path in enumerate(leaves(stats))}
         self.stats = stats
         self.places = {path: places[path] for path in paths}
+        self.still: dict[Path, int] = {}  # those that could move, and do not
         self.shares: Arrays = {}  # 1 - m, of those that move
         if keep:
             self.apply, self.moved, self.measured = apply, _moved, _measured
@@ -64,6 +65,7 @@ class Probe:
         if len(self.shares) == len(self.places):
             return started
         # What frozen layers hold is part of the forward: nothing that was put there is of use.
+        self.still = {path: self.places[path] for path in self.places if path not in self.shares}
         self.places = {path: self.places[path] for path in self.shares}
         started = self.measure(batch)
         self.shares = self.find_shares(started)
@@ -72,18 +74,25 @@ class Probe:
     def finish(self, started: Any) -> Arrays:
         """The statistics of a batch, float64."""
         found = {}
-        for path, (near, far, _) in zip(self.shares, jax.tree.map(fetched, started), strict=True):
+        moved, still = jax.tree.map(fetched, started)
+        for path, (old, new) in zip(self.still, still, strict=True):
+            rounding = 8 * float(np.finfo(old.dtype).eps)
+            if not np.allclose(old, new, rtol=rounding, atol=rounding, equal_nan=True):
+                raise _not_with_every_batch(path)
+        for path, (near, far, _) in zip(self.shares, moved, strict=True):
             rounding = 8 * float(np.finfo(near.dtype).eps)
             near, far = np.float64(near), np.float64(far)
             momentum = 1 - self.shares[path]
+            if (near == 0).all() and (far == _FAR).all():
+                raise _not_with_every_batch(path)
             if (np.abs(far - near - momentum * _FAR) > rounding * (_FAR + np.abs(near))).any():
                 raise _no_running_average(path)
             found[path] = near / self.shares[path]
         return found
 
     def measure(self, batch: Any) -> Any:
-        places = tuple(self.places.values())
-        return self.measured(self.apply, self.stats, batch, places)
+        places, still = tuple(self.places.values()), tuple(self.still.values())
+        return self.measured(self.apply, self.stats, batch, places, still)
 
     def find_moving(self, batch: Any) -> dict[Path, int]:
         """Those that the forward changes, each of them once, and by no running average."""
@@ -117,7 +126,8 @@ class Probe:
 
     def find_shares(self, started: Any) -> Arrays:
         found = {}
-        for path, (_, _, farthest) in zip(self.places, jax.tree.map(fetched, started), strict=True):
+        moved = jax.tree.map(fetched, started[0])
+        for path, (_, _, farthest) in zip(self.places, moved, strict=True):
             if farthest.dtype.itemsize < 4:
                 raise BatchNormError(
                     f"'{path}' is kept in {farthest.dtype}, too coarse to tell its momentum.",
@@ -144,6 +154,14 @@ def _no_running_average(path: Path) -> BatchNormError:
         "of_the_batch, with the same momentum for all old values.",
         hint="layers that normalise by their running statistics in training (batch "
         'renormalisation, Equinox\' mode="ema") cannot be recomputed in one pass.',
+    )
+
+
+def _not_with_every_batch(path: Path) -> BatchNormError:
+    return BatchNormError(
+        f"'{path}' moves with some batches, and not with others: which of them it stands for "
+        "cannot be told.",
+        hint="call update_bn for each kind of batch, with those layers frozen that do not run.",
     )
 
 
@@ -181,22 +199,33 @@ def _moved_from(
 
 
 def _measured_from(
-    moved: Any, apply: Any, stats: Tree, batch: Any, places: tuple[int, ...]
-) -> list[jax.Array]:
+    moved: Any,
+    apply: Any,
+    stats: Tree,
+    batch: Any,
+    places: tuple[int, ...],
+    still: tuple[int, ...],
+) -> tuple[list[jax.Array], list[jax.Array]]:
     """What becomes of statistics of zero, of large and of very large ones, along a first axis.
 
     Only what depends on the old statistics is mapped over the three; the forward is run once.
+    Of those that stand still, what they are and what becomes of them.
     """
+    old = _wide(stats, still)
 
     def levels(leaf: jax.Array) -> jax.Array:
         three = jnp.array([0.0, _FAR, _farthest(leaf.dtype)], leaf.dtype)
         return jnp.broadcast_to(three.reshape(3, *[1] * leaf.ndim), (3, *leaf.shape))
 
     def at(values: list[jax.Array]) -> list[jax.Array]:
-        new: list[jax.Array] = moved(apply, stats, batch, places=places, values=values)
+        new: list[jax.Array] = moved(
+            apply, stats, batch, places=places + still, values=[*values, *old]
+        )
         return new
 
-    return jax.vmap(at)([levels(leaf) for leaf in _wide(stats, places)])
+    new = jax.vmap(at)([levels(leaf) for leaf in _wide(stats, places)])
+    first = [leaf[0].astype(was.dtype) for leaf, was in zip(new[len(places) :], old, strict=True)]
+    return new[: len(places)], [jnp.stack(both) for both in zip(old, first, strict=True)]
 
 
 def _forgotten(apply: Partial) -> tuple[Any, Any, Any]:
@@ -207,15 +236,23 @@ def _forgotten(apply: Partial) -> tuple[Any, Any, Any]:
     arguments, and so what they close over, for as long as the process lives.
     """
 
-    def moved_from(arguments: tuple[Any, ...], *others: Any, **options: Any) -> list[jax.Array]:
-        return _moved_from(partial(apply.func, *arguments), *others, **options)
+    def moved_from(
+        arguments: tuple[Any, ...],
+        stats: Tree,
+        batch: Any,
+        *,
+        places: tuple[int, ...],
+        values: list[jax.Array],
+    ) -> list[jax.Array]:
+        forward = partial(apply.func, *arguments)
+        return _moved_from(forward, stats, batch, places=places, values=values)
 
     moved = jax.jit(moved_from, static_argnames="places")
-    return apply.args, moved, jax.jit(partial(_measured_from, moved), static_argnums=3)
+    return apply.args, moved, jax.jit(partial(_measured_from, moved), static_argnums=(3, 4))
 
 
 _moved = jax.jit(_moved_from, static_argnames="places")
-_measured = jax.jit(partial(_measured_from, _moved), static_argnums=3)
+_measured = jax.jit(partial(_measured_from, _moved), static_argnums=(3, 4))
 
 
 def _wide(stats: Tree, places: tuple[int, ...]) -> list[jax.Array]:

@@ -156,6 +156,22 @@ def test_a_difference_that_is_divided_is_a_running_average():
     np.testing.assert_allclose(new["var"], x.var(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("runs", [(False, True, True), (True, True, False)])
+def test_a_layer_that_runs_with_some_batches_only_is_refused(runs):
+    def apply(stats, batch):
+        x = batch["x"]
+        other = lax.cond(batch["runs"], lambda old: moved(old, x), lambda old: old, stats["other"])
+        return {"always": moved(stats["always"], x), "other": other}
+
+    stats = {"always": STATS, "other": STATS}
+    batches = [{"x": x, "runs": np.bool_(run)} for x, run in zip(BATCHES, runs, strict=True)]
+    with pytest.raises(BatchNormError, match="'other/mean' moves with some batches"):
+        update_bn(apply, stats, batches)
+    new = update_bn(apply, stats, [batch | {"runs": np.bool_(False)} for batch in batches])
+    np.testing.assert_array_equal(new["other"]["mean"], STATS["mean"])
+    assert new["always"]["mean"].all()
+
+
 def in_nnx(weights):
     from flax import nnx
 
