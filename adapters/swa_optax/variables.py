@@ -30,8 +30,10 @@ def is_model(tree: Tree) -> bool:
     if nnx is None:
         return False
 
+    kind = nnx.Pytree if hasattr(nnx, "Pytree") else nnx.Object  # its name before flax 0.11
+
     def is_module(part: Any) -> bool:
-        return isinstance(part, nnx.Pytree)
+        return isinstance(part, kind)
 
     return any(map(is_module, jax.tree.leaves(tree, is_leaf=is_module)))
 
@@ -42,7 +44,9 @@ def value(part: Any) -> Any:
     >>> value(3.0)
     3.0
     """
-    return part.get_value() if is_variable(part) else part
+    if not is_variable(part):
+        return part
+    return part.get_value() if hasattr(part, "get_value") else part.value  # before flax 0.12
 
 
 def taken_apart(tree: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
