@@ -182,7 +182,8 @@ def averaged_params(opt_state: Tree, params: Tree) -> Tree:
 
     Raises:
       StateError: the state holds no average, several, or those of an ensemble.
-      StructureError: the average holds leaves that ``params`` does not, or other shapes.
+      StructureError: the average holds leaves that ``params`` does not, other shapes, or complex
+        numbers where ``params`` has real ones.
 
     >>> state = SWAState(7, 2, 0, 2.0, {"w": jnp.array([0.5]), "steps": None})
     >>> averaged_params(state, {"w": jnp.array([1.0]), "steps": 3})
@@ -286,6 +287,14 @@ def _matched(state: SWAState, params: Tree) -> dict[Path, Any]:
             raise StructureError(
                 f"cannot read the average: leaf '{path}' has shape {jnp.shape(live[path])}, but "
                 f"the running average holds {jnp.shape(leaf)}.",
+                hint=hint,
+            )
+        if jnp.iscomplexobj(leaf) and not jnp.issubdtype(
+            jnp.result_type(live[path]), jnp.complexfloating
+        ):
+            raise StructureError(
+                f"cannot read the average: leaf '{path}' is {jnp.result_type(live[path])}, but the "
+                f"running average holds {jnp.result_type(leaf)}.",
                 hint=hint,
             )
     return average
