@@ -107,6 +107,7 @@ def accumulate(
       StateError: ``state`` holds no average, was cast, or donated already.
       StructureError: other parameters than ``init`` was given.
       ConfigError: no such rule.
+      TypeError: ``rule`` is none, but a whole configuration.
       ValueError: no such ``nonfinite``.
 
     >>> state = init({"w": jnp.zeros(1)})
@@ -117,6 +118,11 @@ def accumulate(
     """
     if isinstance(rule, str | Mapping):
         rule = SWAConfig.from_dict({"rule": rule}).rule
+    if not isinstance(rule, Rule):
+        raise TypeError(
+            'rule must be a Rule, "uniform" or {"name": "ema", "decay": 0.999}, got '
+            f"{type(rule).__name__}; that of a SWAConfig is its .rule"
+        )
     if nonfinite not in ("skip", "keep"):
         raise ValueError(f'nonfinite must be "skip" or "keep", got {nonfinite!r}')
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import types
 from functools import partial
 
 import jax
@@ -15,7 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
-from swa_core import BatchNormError, StateError
+from swa_core import BatchNormError, StateError, StructureError, SWAConfig
 from swa_optax import (
     accumulate,
     averaged_params,
@@ -250,3 +252,31 @@ def test_an_average_file_takes_the_configuration_in_any_form(tmp_path):
     (tmp_path / "swa.toml").write_text('[swa]\nrule = "uniform"\n')
     with pytest.raises(StateError, match="rule"):
         load_average(file, init(params), config=tmp_path / "swa.toml")
+
+
+def test_a_complex_average_is_not_read_into_real_parameters():
+    params = {"w": jnp.full(2, 1j, jnp.complex64)}
+    state = accumulate(init(params), params)
+    with pytest.raises(StructureError, match="'w' is float32, but the running average holds compl"):
+        averaged_params(state, {"w": jnp.zeros(2)})
+    assert averaged_params(state, params)["w"].tolist() == [1j, 1j]
+
+
+def test_a_configuration_in_the_place_of_its_rule_is_refused():
+    params = {"w": jnp.ones(2)}
+    with pytest.raises(TypeError, match=r"rule must be a Rule.* got SWAConfig; .* its \.rule"):
+        accumulate(init(params), params, rule=SWAConfig())
+
+
+def test_an_older_flax_beside_parameters_without_it(monkeypatch):
+    class Older:
+        def __init__(self, value):
+            self.value = value
+
+    older = types.ModuleType("flax.nnx")
+    older.Variable = older.Object = Older
+    monkeypatch.setitem(sys.modules, "flax.nnx", older)
+    params = {"w": jnp.ones(2)}
+    state = accumulate(init(params), params)
+    assert n_averaged(state._replace(n_averaged=Older(state.n_averaged))) == 1
+    assert averaged_params(state, params)["w"].tolist() == [1, 1]
