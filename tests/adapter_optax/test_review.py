@@ -280,3 +280,11 @@ def test_an_older_flax_beside_parameters_without_it(monkeypatch):
     state = accumulate(init(params), params)
     assert n_averaged(state._replace(n_averaged=Older(state.n_averaged))) == 1
     assert averaged_params(state, params)["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_no_temporaries_of_half_precision_parameters_either(dtype):
+    size = 1 << 16
+    params = {"a": jnp.ones(size, dtype), "b": jnp.ones(size, dtype)}
+    joined = jax.jit(accumulate, donate_argnums=0).lower(init(params), params).compile()
+    assert joined.memory_analysis().temp_size_in_bytes < 4096
