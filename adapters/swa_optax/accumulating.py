@@ -21,6 +21,7 @@ from swa_optax.checking import (
     refuse_shapes_alone,
 )
 from swa_optax.counting import counter, increment
+from swa_optax.finding import find_state
 from swa_optax.matching import parameters_now
 from swa_optax.memory import MemoryKind, check_memory_kind, to_host
 from swa_optax.mixing import Leaves, mixed, total_after
@@ -89,7 +90,8 @@ def accumulate(
     """The state with one more snapshot in it: that of ``params``, whenever you call it.
 
     For loops with a train state of their own, which know when a snapshot is due. Compiled once
-    for parameters of one kind; ``state`` is donated: use what is returned.
+    for parameters of one kind (of sharded ones, if ``jax.jit(init)`` made the state); ``state`` is
+    donated: use what is returned.
 
     Args:
       state: of ``init(params)``, or of an earlier call.
@@ -126,7 +128,7 @@ def accumulate(
     if nonfinite not in ("skip", "keep"):
         raise ValueError(f'nonfinite must be "skip" or "keep", got {nonfinite!r}')
     try:
-        state = reading.find_state(state)
+        state = find_state(state)
     except StateError:
         expect_parameters(params, "accumulate(state, params)")
         raise

@@ -33,13 +33,15 @@ def update_bn(
     A layer keeps ``momentum * old + (1 - momentum) * of_the_batch``. Old statistics of zero give
     what it makes of the batch, and very large ones its momentum; both come out of one forward.
     Layers that do not move (in evaluation mode) are frozen, and left alone, as is everything in
-    the collection that is no pair ``mean`` and ``var``.
+    the collection that is no pair ``mean`` and ``var`` (haiku's ``mean_ema``, for one; a warning
+    says if there is no pair at all).
 
     Args:
       apply: one forward in training mode: ``(batch_stats, batch) -> new batch_stats``. It is
         compiled at each call of ``update_bn``, once for each shape of batch, with the parameters
         it closes over as constants. A large model is better given as
-        ``jax.tree_util.Partial(function, params)``, which is compiled once for all ``params``.
+        ``jax.tree_util.Partial(function, params)``, which is compiled once for all ``params``, as
+        long as ``function`` is the same one.
         With a model of flax nnx, ``(model, batch) -> anything``; a Partial of such a function,
         too, is compiled once. It gets copies of the model, whose parameters are no constants.
       batch_stats: the collection, as flax keeps it: a tree with leaves ``mean`` and ``var``; or

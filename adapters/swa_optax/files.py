@@ -9,8 +9,9 @@ from typing import Any
 import swa_core
 from swa_core import Schedule, SWAConfig, SWAState
 from swa_core.averaging import check_leaves
+from swa_optax.finding import find_state
 from swa_optax.paths import Tree
-from swa_optax.reading import find_state, refuse_ensemble
+from swa_optax.reading import refuse_ensemble
 from swa_optax.resolving import Config
 from swa_optax.saving import named, restored, state_to_dict
 

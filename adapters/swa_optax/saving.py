@@ -12,9 +12,10 @@ from swa_core import Rule, Schedule, StateError, SWAState
 from swa_core.averaging import check_leaves
 from swa_core.saving import header, read_header
 from swa_optax.checking import expect_state, is_state, refuse_tracing
+from swa_optax.finding import find_state
 from swa_optax.paths import Tree, leaves
 from swa_optax.placing import fetched, placed_like
-from swa_optax.reading import find_state, refuse_ensemble
+from swa_optax.reading import refuse_ensemble
 from swa_optax.resolving import LAST_UPDATE
 
 

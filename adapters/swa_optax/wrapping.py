@@ -33,7 +33,8 @@ def wrap(
     cannot be wrong: where ``inner`` is ``MultiSteps``, ``apply_if_finite`` or ``contrib.sam``, or a
     chain with one of them in it, an update counts when it is made, not at every micro-step. (Inside
     of a partition or a mask they decide about a part of the parameters alone, and every call
-    counts, as it does with ``apply_every`` and ``conditionally_mask``, whose states do not tell.)
+    counts, as it does with ``apply_every``, ``conditionally_mask`` and ``conditionally_transform``
+    and inside of ``schedule_free``, whose states do not tell.)
     What comes behind the wrapper in a chain of its own is refused where the average is read.
 
     Args:

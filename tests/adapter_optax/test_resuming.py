@@ -27,7 +27,7 @@ import swa_core
 from swa_optax import load_average, n_averaged, n_skipped, save_average, state_from_dict
 from swa_optax import state_to_dict as to_dict
 from swa_optax.checking import is_state
-from swa_optax.reading import find_state
+from swa_optax.finding import find_state
 
 pytestmark = pytest.mark.usefixtures("relaxed_jax")
 

@@ -137,7 +137,7 @@ def test_inside_of_what_makes_other_updates_it_is_refused(case):
 
 def test_the_states_that_are_refused_are_those_of_optax():
     # Refused by name, so that reading imports no contrib: the names must be real.
-    from swa_optax.reading import _REPLACES_UPDATES
+    from swa_optax.finding import _REPLACES_UPDATES
 
     for state, field in _REPLACES_UPDATES:
         kind = getattr(optax, state, None) or getattr(optax.contrib, state)
