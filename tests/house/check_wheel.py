@@ -26,7 +26,10 @@ assert metadata("swa-core")["Version"] == swa_core.__version__
 frameworks = {"torch", "tensorflow", "keras", "jax", "optax", "flax"} & set(sys.modules)
 assert not frameworks, frameworks
 kinds = {point.name for point in entry_points(group="swa_core.checkpoints")}
-assert kinds == {".pt", ".pth", ".bin", ".ckpt", ".h5", ".keras"}, kinds
+suffixes = {name for name in kinds if not name.startswith("folder/")}
+assert suffixes == {".pt", ".pth", ".bin", ".ckpt", ".h5", ".keras"}, suffixes
+folders = {name.removeprefix("folder/") for name in kinds - suffixes}
+assert {".metadata", "_METADATA", "_CHECKPOINT_METADATA"} <= folders, folders
 command = Path(sys.executable).with_name("swa")
 assert b"swa average" in subprocess.run([command, "average", "--help"], capture_output=True).stdout
 results = check_adapter(CoreDriver)
