@@ -1,9 +1,10 @@
-"""Reads what XLA compiled: which devices talk, and under which condition."""
+"""What devices say to each other in a compiled program, and under which condition."""
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
+
+from adapter_optax.program import Program
 
 COLLECTIVES = (
     "all-reduce",
@@ -13,8 +14,6 @@ COLLECTIVES = (
     "collective-broadcast",
     "reduce-scatter",
 )
-_CALL = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
-_NAMED = re.compile(r"%([\w.\-]+)")
 
 
 class Collective(NamedTuple):
@@ -25,36 +24,11 @@ class Collective(NamedTuple):
 
 def collectives(text: str) -> list[Collective]:
     """Every collective of an optimised HLO module, in the order of the text."""
-    bodies = _computations(text)
-    always = _reached(bodies)
+    program = Program(text)
+    conditional = program.under_conditions()
     return [
-        Collective(found[2], found[1], name not in always)
-        for name, lines in bodies.items()
+        Collective(kind, line.shape, name in conditional)
+        for name, lines in program.instructions.items()
         for line in lines
-        if (found := _CALL.search(line))
+        if (kind := line.operation.removesuffix("-start")) in COLLECTIVES
     ]
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-    bodies: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if opened := re.match(r"(ENTRY )?%([\w.\-]+) .*\{$", line):
-            lines = bodies["ENTRY" if opened[1] else opened[2]] = []
-        else:
-            lines.append(line)
-    return bodies
-
-
-def _reached(bodies: dict[str, list[str]]) -> set[str]:
-    """The computations that run whatever any condition says."""
-    reached, waiting = set(), ["ENTRY"]
-    while waiting:
-        name = waiting.pop()
-        if name in reached or name not in bodies:
-            continue
-        reached.add(name)
-        for line in bodies[name]:
-            if " conditional(" not in line:
-                waiting += _NAMED.findall(line)
-    return reached
