@@ -6,10 +6,13 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+_BETWEEN_FLUSHES = 0.02  # seconds
 
 
 @contextmanager
@@ -41,6 +44,40 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         flush_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def flushing(file: IO[bytes]) -> Iterator[None]:
+    """Sends to the disk what a long block has written so far, again and again, beside it.
+
+    At its end there is little left to wait for.
+
+    Raises:
+      OSError: the disk did not take it. It is told once, and so here.
+
+    >>> with tempfile.TemporaryFile() as file, flushing(file):
+    ...     file.write(b"much")
+    4
+    """
+    done = threading.Event()
+    faults: list[OSError] = []
+
+    def flush() -> None:
+        while not faults and not done.wait(_BETWEEN_FLUSHES):
+            try:
+                os.fsync(file.fileno())
+            except OSError as fault:
+                faults.append(fault)
+
+    beside = threading.Thread(target=flush, name="flushing", daemon=True)
+    beside.start()
+    try:
+        yield
+    finally:
+        done.set()
+        beside.join()
+    if faults:
+        raise faults[0]
 
 
 @contextmanager

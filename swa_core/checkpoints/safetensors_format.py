@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from swa_core import safetensors_files
-from swa_core.atomic import replacing, replacing_folder
+from swa_core.atomic import flushing, replacing, replacing_folder
 from swa_core.checkpoints.containing import is_contained
 from swa_core.checkpoints.digests import Layout
 from swa_core.checkpoints.reading import RandomFile
@@ -79,7 +79,7 @@ class SafetensorsFile:
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[Write]:
-        with replacing(path) as file:
+        with replacing(path) as file, flushing(file):
 
             def write(pieces: Iterator[tuple[Piece, Array]]) -> None:
                 self._write_header(file)
@@ -195,7 +195,7 @@ def writing_plainly(path: Path, tensors: Mapping[str, Spec]) -> Iterator[Write]:
             ) from error
         header[name] = {"dtype": kind, "shape": list(spec.shape), "data_offsets": [place, end]}
         place = end
-    with replacing(path) as file:
+    with replacing(path) as file, flushing(file):
 
         def write(pieces: Iterator[tuple[Piece, Array]]) -> None:
             file.write(safetensors_files.packed(header))

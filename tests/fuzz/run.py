@@ -1,6 +1,6 @@
 """Thousands of mutated checkpoints of every kind: each is read, or refused with an error of ours.
 
-    python -m nox -s fuzz                       # all kinds, about five minutes
+    python -m nox -s fuzz                       # all kinds, three minutes on two quiet cores
     python -m nox -s fuzz -- --count 20000      # more of each
     python -m nox -s fuzz -- --formats .npz --first 1234 --count 1    # one again
 
