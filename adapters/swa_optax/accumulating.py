@@ -28,6 +28,8 @@ from swa_optax.mixing import Leaves, mixed, total_after
 from swa_optax.paths import Tree, average_dtype, is_averaged, leaves
 from swa_optax.variables import is_model
 
+_UNIFORM = Uniform()
+
 
 def init(params: Tree, *, memory_kind: MemoryKind | None = None) -> SWAState:
     """The state before the first update. Copies: the average shares no memory with ``params``.
@@ -84,7 +86,7 @@ def accumulate(
     state: SWAState,
     params: Tree,
     *,
-    rule: Rule | str | Mapping[str, Any] = Uniform(),  # noqa: B008, it is frozen
+    rule: Rule | str | Mapping[str, Any] = _UNIFORM,
     nonfinite: Literal["skip", "keep"] = "skip",
 ) -> SWAState:
     """The state with one more snapshot in it: that of ``params``, whenever you call it.

@@ -81,7 +81,9 @@ def test_conditionally_transform_averages_what_its_chain_led_to():
 
 
 def test_swa_alone_under_a_condition_has_a_schedule_of_any_kind():
-    powers = lambda step: (step & (step + 1)) == 0  # noqa: E731
+    def powers(step):
+        return (step & (step + 1)) == 0
+
     tx = optax.chain(optax.adam(0.1), optax.conditionally_transform(swa(EVERY), powers))
     params, state, visited = trained(tx, 9)
     assert n_averaged(state) == 4

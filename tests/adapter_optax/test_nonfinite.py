@@ -52,11 +52,12 @@ def test_one_bad_element_anywhere_leaves_everything_as_it_was():
     step = jax.jit(lambda state, params: tx.update(None, state, params)[1])
     state = step(tx.init(parameters()), parameters())
     assert int(state.n_averaged) == 1
-    for n, (where, params) in enumerate(spoiled(), start=1):  # noqa: B007
+    cases = list(spoiled())
+    assert len(cases) == 80
+    for where, params in cases:
         after = step(state, params)
         assert [int(count) for count in after[:3]] == [2, 1, 1], where
         assert bits(after[3:]) == bits(state[3:]), where
-    assert n == 80
 
 
 def test_a_loop_skips_the_same():

@@ -33,7 +33,10 @@ RULES = [
 ]
 
 
-def every_update(rule=Uniform(), **rest):  # noqa: B008, it is frozen
+UNIFORM = Uniform()
+
+
+def every_update(rule=UNIFORM, **rest):
     return SWAConfig(start="1step", every="1step", rule=rule, **rest)
 
 

@@ -144,7 +144,7 @@ def test_one_inside_of_the_other(outer):
     assert_mean(state, params, [visited[place] for place in made])
 
 
-def test_batches_that_MultiSteps_itself_leaves_out():  # noqa: N802
+def test_batches_that_the_accumulation_itself_leaves_out():
     steps = optax.MultiSteps(optax.sgd(0.1), 2, should_skip_update_fn=optax.skip_not_finite)
     params, state, visited = train(wrap(steps, EVERY), gradients(7, bad=(0, 3)))
     assert_mean(state, params, [visited[2], visited[5]])
