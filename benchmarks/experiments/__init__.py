@@ -1,0 +1,1 @@
+"""The experiments: whether averaging helps, on real data, over seeds, in every framework."""
