@@ -1,0 +1,85 @@
+"""The images of an experiment, and the order in which every framework sees them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from experiments.settings import Experiment
+
+# The loaders are those of the examples.
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import data as loaders
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+class Images(NamedTuple):
+    """Images in [batch, height, width, channels], float32 and standardised; labels int32."""
+
+    experiment: Experiment
+    train_x: np.ndarray
+    train_y: np.ndarray
+    test_x: np.ndarray
+    test_y: np.ndarray
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return int(self.train_y.max()) + 1
+
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+        return self.train_x.shape[-1]
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[Batch]:
+        """An epoch's batches: a function of seed and epoch alone, whatever was asked before."""
+        rng = np.random.default_rng([seed, epoch])
+        size = self.experiment.batch_size
+        for chosen in rng.permutation(len(self.train_y)).reshape(-1, size):
+            yield self._augmented(self.train_x[chosen], rng), self.train_y[chosen]
+
+    def for_bn(self, seed: int) -> list[np.ndarray]:
+        """An epoch of images as the network trains on, for batch-norm statistics."""
+        return [x for x, _ in self.epoch(seed, 0)]
+
+    def _augmented(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Images shifted and mirrored, each for itself."""
+        shift = self.experiment.shift
+        count, height, width, _ = x.shape
+        if self.experiment.flip:
+            mirrored = rng.random(count) < 0.5
+            x[mirrored] = x[mirrored, :, ::-1]
+        if shift:
+            # Zero is the mean of the standardised images.
+            padded = np.pad(x, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
+            down, right = rng.integers(0, 2 * shift + 1, (2, count, 1))
+            rows, columns = down + np.arange(height), right + np.arange(width)
+            x = padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None]]
+        return x
+
+
+def load(experiment: Experiment, folder: Path | None) -> Images:
+    """The experiment's share of a data set.
+
+    Raises:
+      SystemExit: the data is not there (the message says how to get it), or is too little.
+    """
+    whole = loaders.load(experiment.dataset, folder)
+    train, test = experiment.train_images, experiment.test_images
+    if train > len(whole.train_y) or test > len(whole.test_y):
+        raise SystemExit(
+            f"{experiment.name}: {experiment.dataset} has {len(whole.train_y)} training and "
+            f"{len(whole.test_y)} test images; {train} and {test} are asked for"
+        )
+    return Images(
+        experiment,
+        whole.train_x[:train],
+        whole.train_y[:train],
+        whole.test_x[:test],
+        whole.test_y[:test],
+    )
