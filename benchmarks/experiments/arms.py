@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from experiments.settings import Experiment
-
 from swa_core import EMA, SWAConfig
 from swa_core.learning_rate import LearningRate
 

@@ -1,8 +1,8 @@
 """The networks of the experiments as data: each framework builds them, from the same weights.
 
-Convolutions have no bias, and "same" padding as torch has it: one pixel on each side. Batch norm has
-epsilon 1e-5, and its running statistics keep .9 of what they were. Both networks end in the mean
-over the image and a dense layer.
+Convolutions have no bias, and "same" padding as torch has it: one pixel on each side. Batch norm
+has epsilon 1e-5, and its running statistics keep .9 of what they were. Both networks end in the
+mean over the image and a dense layer.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ NETWORKS: dict[str, VGG | PreResNet] = {
 
 
 def weights(name: str, channels: int, classes: int, seed: int) -> list[np.ndarray]:
-    """Initial weights, in the order in which a forward pass uses them; a shortcut is a block's last.
+    """Initial weights, in the order of a forward pass; a shortcut is a block's last.
 
     Kernels are [height, width, in, out], normal with variance 2 / fan-in (He et al. 2015); each
     batch norm is scale (1) and shift (0) [channels]; the dense layer is a kernel [in, out] with

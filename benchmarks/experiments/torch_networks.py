@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from experiments.networks import BN_EPSILON, BN_KEEP, NETWORKS, VGG, PreResNet, weights
 from torch import nn
+
+from experiments.networks import BN_EPSILON, BN_KEEP, NETWORKS, VGG, PreResNet, weights
 
 
 def conv(into: int, out: int, size: int, stride: int = 1) -> nn.Conv2d:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
+
 from experiments import torch_networks
 from experiments.arms import Arm
 from experiments.images import Batch, Images
-from torch.nn import functional as F
-
 from swa_torch import SWA, update_bn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

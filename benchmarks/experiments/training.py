@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
+
 from experiments.arms import Arm
 from experiments.images import Batch, Images
 
