@@ -17,11 +17,11 @@ HERE = {"torch": "PyTorch", "keras": "Keras", "jax": "JAX"}
 
 # Izmailov et al. 2018, table 1: CIFAR-10 test accuracy [%], mean and deviation of three runs.
 PAPER = """\
-| CIFAR-10, accuracy [%] | SGD | SWA, 1 budget | 1.25 budgets | 1.5 budgets |
+| CIFAR-10, accuracy [%] (budget) | SGD | SWA, 1 budget | 1.25 budgets | 1.5 budgets |
 |---|---|---|---|---|
 | VGG-16 (200 epochs) | 93.25 ± .16 | 93.59 ± .16 | 93.70 ± .22 | 93.64 ± .18 |
-| PreResNet-164 (225 epochs) | 95.28 ± .10 | 95.56 ± .11 | 95.77 ± .04 | 95.83 ± .03 |
-| WRN-28-10 (300 epochs) | 96.18 ± .11 | 96.45 ± .11 | 96.64 ± .08 | 96.79 ± .05 |
+| PreResNet-164 (150 epochs) | 95.28 ± .10 | 95.56 ± .11 | 95.77 ± .04 | 95.83 ± .03 |
+| WRN-28-10 (200 epochs) | 96.18 ± .11 | 96.45 ± .11 | 96.64 ± .08 | 96.79 ± .05 |
 """
 
 
