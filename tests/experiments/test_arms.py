@@ -1,6 +1,7 @@
 """The arms are the paper's schedules, and sharing their beginnings changes none of them."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import experiments
@@ -40,7 +41,7 @@ def test_schedules_are_those_of_the_authors_code(experiment):
     annealed, constant = rates(every, "annealed"), rates(every, "constant")
     assert annealed[: budget // 2 + 1] == [experiment.rate] * (budget // 2 + 1)
     assert annealed[-1] == pytest.approx(experiment.rate / 100)
-    assert all(a >= b for a, b in zip(annealed, annealed[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(annealed))
     assert constant[start:] == [experiment.swa_rate] * (len(constant) - start)
     assert constant[: start // 2 + 1] == [experiment.rate] * (start // 2 + 1)
 
