@@ -50,18 +50,17 @@ class Images(NamedTuple):
         return [x for x, _ in self.epoch(seed, 0)]
 
     def _augmented(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Images shifted and mirrored, each for itself."""
+        """Images shifted and mirrored in place, each for itself."""
         shift = self.experiment.shift
-        count, height, width, _ = x.shape
-        if self.experiment.flip:
-            mirrored = rng.random(count) < 0.5
-            x[mirrored] = x[mirrored, :, ::-1]
-        if shift:
-            # Zero is the mean of the standardised images.
-            padded = np.pad(x, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
-            down, right = rng.integers(0, 2 * shift + 1, (2, count, 1))
-            rows, columns = down + np.arange(height), right + np.arange(width)
-            x = padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None]]
+        count, height, width, channels = x.shape
+        # Zero is the mean of the standardised images.
+        padded = np.zeros((count, height + 2 * shift, width + 2 * shift, channels), x.dtype)
+        padded[:, shift : shift + height, shift : shift + width] = x
+        corners = rng.integers(0, 2 * shift + 1, (count, 2))
+        mirrored = rng.random(count) < (0.5 if self.experiment.flip else 0)
+        for image, whole, (down, right), mirror in zip(x, padded, corners, mirrored, strict=True):
+            cut = whole[down : down + height, right : right + width]
+            image[:] = cut[:, ::-1] if mirror else cut
         return x
 
 

@@ -49,7 +49,7 @@ class PreResNet:
 
 NETWORKS: dict[str, VGG | PreResNet] = {
     "vgg-small": VGG(((8,), (16,), (32, 32))),
-    "preresnet-8": PreResNet(16, 2, ((16, 1), (32, 2), (64, 2))),
+    "preresnet-6": PreResNet(16, 2, ((32, 2), (64, 2))),
 }
 
 
