@@ -69,5 +69,13 @@ class BatchNormError(SWAError, ValueError):
     """Batch-norm statistics could not be recomputed (an empty loader, for example)."""
 
 
+class NonFiniteStatisticsError(BatchNormError):
+    """Batch-norm statistics would hold NaN or Inf: the weights overflow on this data."""
+
+
+class GeometryError(SWAError, ValueError):
+    """Weights that span no line or plane, or hold NaN: there is nothing to walk along."""
+
+
 class SWAWarning(UserWarning):
     """The category of every warning of swa-core and its adapters."""

@@ -18,5 +18,6 @@
 
 from swa_torch.batch_norm import update_bn
 from swa_torch.optimizer import SWA
+from swa_torch.plots import loss_line, loss_plane, loss_rays
 
-__all__ = ["SWA", "update_bn"]
+__all__ = ["SWA", "loss_line", "loss_plane", "loss_rays", "update_bn"]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from swa_core.errors import BatchNormError, SWAWarning
+from swa_core.errors import BatchNormError, NonFiniteStatisticsError, SWAWarning
 from swa_torch.batches import call, device_of, moved, progress_bar
 from swa_torch.observing import as_in_training, keeps_statistics, observed
 from swa_torch.pooling import Pool
@@ -171,7 +171,7 @@ def _write(pools: dict[_BatchNorm, Pool]) -> None:
         seen = zip(looked_at, flags, strict=True)
         spoilt = [pool.name for (_, pool, *_), is_sound in seen if not is_sound]
         if spoilt:
-            raise BatchNormError(
+            raise NonFiniteStatisticsError(
                 f"the statistics of {', '.join(spoilt)} would hold NaN or Inf.",
                 hint="look for them in the data and in the weights; a variance may also be too "
                 "large for the dtype of the layer.",
