@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
 
+from swa_core.plots.directions import Normalization
 from swa_core.plots.measured import Floats, Measured, frozen_array, refuse_unordered
 from swa_core.plots.saving import numbers
 
@@ -51,7 +53,9 @@ class Line(Measured):
         self._freeze(["positions"])
         object.__setattr__(self, "length", float(self.length))
         first, second = self.names
-        object.__setattr__(self, "names", (str(first), str(second)))
+        if not isinstance(first, str) or not isinstance(second, str):
+            raise TypeError(f"names are strings, got {self.names!r}")
+        object.__setattr__(self, "names", (first, second))
         refuse_unordered(self.positions, "positions")
 
     def _shape(self) -> tuple[int, ...]:
@@ -150,7 +154,7 @@ class Rays(Measured):
     measures: Mapping[str, Floats]
     norm: float
     seed: int
-    normalization: str = "unit"
+    normalization: Normalization = "unit"
     move_vectors: bool = True
     name: str = "w"
 
@@ -159,6 +163,11 @@ class Rays(Measured):
         n = next(iter(measures.values())).shape[0] if measures else 0
         self._freeze(["radii"], (n, np.size(self.radii)))
         object.__setattr__(self, "norm", float(self.norm))
+        object.__setattr__(self, "seed", operator.index(self.seed))
+        if self.normalization not in get_args(Normalization):
+            raise ValueError(f"normalization is {self.normalization!r}")
+        if not isinstance(self.move_vectors, bool) or not isinstance(self.name, str):
+            raise TypeError("move_vectors is True or False, and name a string")
         refuse_unordered(self.radii, "radii")
         if not self.radii.size or self.radii[0] != 0:
             raise ValueError("radii begin at 0, where the weights are")

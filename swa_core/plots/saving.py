@@ -97,9 +97,9 @@ def from_dict(saved: Mapping[str, Any]) -> Any:
     from swa_core.plots.curves import Line, Rays
     from swa_core.plots.plane import Plane
 
-    kinds: dict[Any, Any] = {kind.kind: kind for kind in (Line, Plane, Rays)}
+    kinds: dict[str, Any] = {kind.kind: kind for kind in (Line, Plane, Rays)}
     kind = saved.get("kind") if isinstance(saved, Mapping) else None
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise StateError(
             f"this is no saved line, plane or rays: its kind is {kind!r}.",
             hint="pass what to_dict() returned.",
