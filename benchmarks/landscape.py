@@ -172,8 +172,8 @@ norm recomputed at each place.
 - A quarter of the weights' norm away from it, along {directions} random directions, the training
   loss has risen by more around SWA than around SGD by {steeper.mean:+.4f} [{steeper.low:+.4f},
   {steeper.high:+.4f}] (95 %, paired by seed), p = {steeper.p:.3f} (sign-flip test; with
-  {len(found)} seeds not less than {2 / 2 ** len(found)}). Distances are in weight space, where the scale of
-  weights before batch norm counts: flatter is no proof of better generalisation.
+  {len(found)} seeds not less than {2 / 2 ** len(found)}). Distances are in weight space, where the
+  scale of weights before batch norm counts: flatter is no proof of better generalisation.
 
 Above: the plane through the first snapshot `w1`, the last one `w2` and their average; below: the
 line and random directions; of the first seed.

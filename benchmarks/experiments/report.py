@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from experiments.statistics import Paired, paired
 
 Results = Mapping[str, Any]
 MEASURES = {"accuracy": "accuracy [%]", "nll": "negative log-likelihood", "ece": "ECE [%]"}
-HERE = {"torch": "PyTorch", "keras": "Keras", "jax": "JAX"}
+NAMES = {"torch": "PyTorch", "keras": "Keras", "jax": "JAX"}
 
 # Izmailov et al. 2018, table 1: CIFAR-10 test accuracy [%], mean and deviation of three runs.
 PAPER = """\
@@ -85,7 +86,7 @@ def values(results: Results, framework: str, method: Method, measure: str) -> li
 
 def scores(results: Results, framework: str) -> str:
     """All methods: mean and standard deviation over the seeds."""
-    lines = [f"| {HERE[framework]} | " + " | ".join(MEASURES.values()) + " |", "|---|---|---|---|"]
+    lines = [f"| {NAMES[framework]} | " + " | ".join(MEASURES.values()) + " |", "|---|---|---|---|"]
     for method in METHODS:
         cells = []
         for measure in MEASURES:
@@ -100,7 +101,9 @@ def differences(results: Results, measure: str) -> str:
     """All comparisons in all frameworks, paired by seed."""
     names = list(results["frameworks"])
     lines = [
-        f"| difference in {MEASURES[measure]} | " + " | ".join(HERE[name] for name in names) + " |",
+        f"| difference in {MEASURES[measure]} | "
+        + " | ".join(NAMES[name] for name in names)
+        + " |",
         "|---|" + "---|" * len(names),
     ]
     for title, first, second in COMPARISONS:
@@ -155,7 +158,7 @@ def agreement(results: Results) -> str:
         elif len(sure) == len(names):
             what = "of the same sign in all"
         else:
-            what = f"clear in {', '.join(HERE[name] for name in sure)} alone"
+            what = f"clear in {', '.join(NAMES[name] for name in sure)} alone"
         lines.append(
             f"- {title}: {what}; the intervals {'overlap' if overlap else '**do not overlap**'}."
         )
@@ -171,25 +174,36 @@ def write(results: Results, docs: Path) -> str:
     about = results["machine"]
     versions = ", ".join(f"{key} {value}" for key, value in about["versions"].items())
     seeds = len(results["seeds"])
+    setting = textwrap.fill(
+        f"{experiment['train_images']} training images, {experiment['test_images']} test images; "
+        f"one budget is {experiment['epochs']} epochs in batches of {experiment['batch_size']}; "
+        f"rate {experiment['rate']}, constant rate of SWA {experiment['swa_rate']}, cycles from "
+        f"{experiment['cycle_high']} to {experiment['cycle_low']}, momentum "
+        f"{experiment['momentum']}, weight decay {experiment['weight_decay']}; EMA of every update "
+        f"with decay {experiment['ema_decay']}; snapshots from {experiment['swa']['start']} on, "
+        f"every {experiment['swa']['every']}. The schedules are the paper's, on these budgets.",
+        width=100,
+    )
+    made = textwrap.fill(
+        f"Written by `{results['command']}`. {seeds} seeds: of the initial weights, the order of "
+        f"the images and what is done to them, the same in every framework. {about['cpu']}, "
+        f"{about['cores']} cores, Python {about['python']}; {versions}.",
+        width=100,
+    )
+    tables = "\n\n".join(scores(results, framework) for framework in results["frameworks"])
     page = f"""\
 # Does averaging help? {experiment["dataset"]}, {experiment["network"]}
 
-Written by `{results["command"]}`. {seeds} seeds ({", ".join(map(str, results["seeds"]))}), of the
-initial weights, the order of the images and their augmentation, the same in every framework.
-{about["cpu"]}, {about["cores"]} core(s), Python {about["python"]}; {versions}.
+{made}
 
-{experiment["train_images"]} training images, {experiment["test_images"]} test images; one budget is
-{experiment["epochs"]} epochs in batches of {experiment["batch_size"]}; rate {experiment["rate"]},
-constant rate of SWA {experiment["swa_rate"]}, cycles from {experiment["cycle_high"]} to
-{experiment["cycle_low"]}, momentum {experiment["momentum"]}, weight decay
-{experiment["weight_decay"]}; EMA of every update with decay {experiment["ema_decay"]}; averages as
-`{experiment["swa"]}`. The schedules are the paper's, on these budgets.
+{setting}
 
 ## Scores
 
 Mean and standard deviation over the seeds.
 
-{chr(10).join(scores(results, framework) + chr(10) for framework in results["frameworks"])}
+{tables}
+
 ## Differences, paired by seed
 
 Mean, 95 % confidence interval (Student's t) and the p value of the exact sign-flip test, which

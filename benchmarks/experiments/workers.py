@@ -40,7 +40,7 @@ def work(experiment: Experiment, options: argparse.Namespace) -> None:
         lambda epochs: say(event="epochs", epochs=epochs),
     )
     result = seed.run()
-    say(event="result", arms=result, about=machine.description(PACKAGES))
+    say(event="result", arms=result)
 
 
 def gather(
@@ -73,7 +73,7 @@ def gather(
                 cores.put(core)
 
         found = dict(zip(tasks, pool.map(run, tasks), strict=True))
-    about = found[tasks[0]]["about"]
+    about = machine.description(PACKAGES)
     frameworks = {
         name: {str(seed): found[seed, name]["arms"] for seed in range(options.seeds)}
         for name in options.frameworks
