@@ -25,7 +25,8 @@ def install(session: nox.Session, *packages: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests, in every framework and on every Keras backend (one process for each)."""
-    install(session, "--editable", ".[all]", *GROUPS["test"], *GROUPS["ecosystem"])
+    groups = ("test", "ecosystem", "bench")
+    install(session, "--editable", ".[all]", *(each for group in groups for each in GROUPS[group]))
     # timm, whose optimizers need none of what it says it needs.
     install(session, "--no-deps", *GROUPS["bench-alone"])
     env = {"TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -115,16 +116,17 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The benchmarks, beside whoever else averages; one of them: ``-- torch_overhead --help``."""
-    # Keras is measured on every backend.
-    backends = ("tensorflow>=2.21",)
-    install(session, "--editable", ".[torch,keras,optax]", *backends, *GROUPS["bench"])
+    """The evidence, beside whoever else averages: ``-- speed``, ``-- correctness --help``, ..."""
+    known = sorted(path.stem for path in Path("benchmarks").glob("*.py") if has_main(path))
+    name, *arguments = session.posargs or ["speed"]
+    if name not in known:
+        session.error(f"{name} is no benchmark; there are {', '.join(known)}")
+    install(session, "--editable", ".[all]", *GROUPS["bench"])
     # What they say they need fits no CPU build of torch, and what is benchmarked does not need it.
     install(session, "--no-deps", *GROUPS["bench-alone"])
-    benchmarks = ["torch_overhead", "keras_overhead", "optax_overhead"]
-    arguments = list(session.posargs)
-    # Which takes 10 GB of disk, and is run only when it is named.
-    if arguments and arguments[0] in [*benchmarks, "checkpoint_average"]:
-        benchmarks = [arguments.pop(0)]
-    for benchmark in benchmarks:
-        session.run("python", f"benchmarks/{benchmark}.py", *arguments)
+    session.run("python", f"benchmarks/{name}.py", *arguments, env={"TF_CPP_MIN_LOG_LEVEL": "2"})
+
+
+def has_main(path: Path) -> bool:
+    """Whether a file is a command."""
+    return "__main__" in path.read_text(encoding="utf-8")
