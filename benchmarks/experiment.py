@@ -2,6 +2,7 @@
 
     python benchmarks/experiment.py fashion-mnist --data FOLDER
     python benchmarks/experiment.py cifar10 --data FOLDER --frameworks torch --seeds 20
+    python benchmarks/experiment.py cifar10 --data FOLDER --tune
     python benchmarks/experiment.py cifar10 --report
 
 SGD with the paper's annealing, SWA at a constant and a cyclical rate, EMA, with and without batch
@@ -19,6 +20,10 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from experiments.settings import Experiment
 
 HERE = Path(__file__).parent
 FRAMEWORKS = ("torch", "keras", "jax")
@@ -43,6 +48,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--docs", type=Path, default=HERE.parent / "docs" / "evidence", metavar="FOLDER"
     )
+    parser.add_argument(
+        "--tune", action="store_true", help="only choose rates, on held-out images, in PyTorch"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing: from the results")
     parser.add_argument(
         "--quick", action="store_true", help="digits, 2 seeds: whether all runs, no figures"
@@ -60,6 +68,19 @@ def arguments() -> argparse.Namespace:
         options.experiment = HERE / "experiments" / f"{options.experiment}.toml"
     options.experiment = Path(options.experiment)
     return options
+
+
+def tune(experiment: Experiment, options: argparse.Namespace) -> None:
+    """Says which rates are best on held-out images; to take them is to write them down."""
+    from experiments import images, tuning
+    from experiments.cache import Cache
+
+    data = images.load(experiment, options.data, options.cache, held_out=True)
+    found = tuning.tune(data, Cache(options.cache), lambda line: print(line, flush=True))
+    path = options.results / f"tuning-{experiment.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"best: {found['best']}; they are taken if they stand in {options.experiment.name}")
 
 
 def main() -> None:
@@ -80,6 +101,9 @@ def main() -> None:
         return
     from experiments import report, workers
 
+    if options.tune:
+        tune(experiment, options)
+        return
     path = options.results / f"averaging-{experiment.name}.json"
     if options.report:
         results = json.loads(path.read_text(encoding="utf-8"))

@@ -64,23 +64,28 @@ class Images(NamedTuple):
         return x
 
 
-def load(experiment: Experiment, folder: Path | None, kept: Path) -> Images:
+def load(
+    experiment: Experiment, folder: Path | None, kept: Path, *, held_out: bool = False
+) -> Images:
     """The experiment's share of a data set.
 
     Args:
       experiment: what it is for.
       folder: where the data set is.
       kept: a folder for the share, which is read much faster than the data set.
+      held_out: whether training images that the experiment leaves out stand in for the test set.
 
     Raises:
       SystemExit: the data is not there (the message says how to get it), or is too little.
     """
     train, test = experiment.train_images, experiment.test_images
-    share = kept / f"{experiment.dataset}-{train}-{test}.npz"
+    share = kept / f"{experiment.dataset}-{train}-{test}{'-held-out' if held_out else ''}.npz"
     if share.exists():
         with np.load(share) as arrays:
             return Images(experiment, **arrays)
     whole = loaders.load(experiment.dataset, folder)
+    if held_out:
+        whole = whole._replace(test_x=whole.train_x[train:], test_y=whole.train_y[train:])
     if train > len(whole.train_y) or test > len(whole.test_y):
         raise SystemExit(
             f"{experiment.name}: {experiment.dataset} has {len(whole.train_y)} training and "

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+
 from experiments.networks import BN_EPSILON, BN_KEEP, NETWORKS, VGG, PreResNet
 
 Shape = tuple[int, int, int]

@@ -12,11 +12,11 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import keras
 import numpy as np
+
 from experiments import keras_networks, networks
 from experiments.arms import Arm
 from experiments.images import Batch, Images
 from experiments.keras_sgd import SGD
-
 from swa_keras import SWA, update_bn
 
 
