@@ -35,12 +35,11 @@ def tune(images: Images, cache: Cache, progress: Callable[[str], object]) -> dic
     }
     best = min(rates, key=rates.__getitem__)
     experiment = replace(experiment, rate=best)
-    swa_rates = {
-        share * best: _likelihood(
-            images, replace(experiment, swa_rate=share * best), "constant", cache, progress
-        )
-        for share in SWA_SHARES
-    }
+    swa_rates = {}
+    for share in SWA_SHARES:
+        rate = round(share * best, 6)
+        varied = replace(experiment, swa_rate=rate)
+        swa_rates[rate] = _likelihood(images, varied, "constant", cache, progress)
     chosen = {"rate": best, "swa_rate": min(swa_rates, key=swa_rates.__getitem__)}
     return {"rate": rates, "swa_rate": swa_rates, "best": chosen}
 
