@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
@@ -27,7 +27,7 @@ class Training:
     made last has it, and those before can be used no more.
     """
 
-    _owners: dict[int, Training] = {}
+    _owners: ClassVar[dict[int, Training]] = {}
 
     def __init__(self, images: Images, seed: int):
         keras.utils.set_random_seed(seed)
