@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from swa_core import BatchNormError, SWAWarning
+from swa_core import BatchNormError, NonFiniteStatisticsError, SWAWarning
 from swa_keras.batches import Verbose, batches_of, tensors_of, with_bar, x_of
 from swa_keras.model_state import layers_of, state_variables, synced
 from swa_keras.pooling import Pool, Statistics, add_to
@@ -198,7 +198,7 @@ class Recalibration:
             if pool.reached
         ]
         if spoilt := [layer.name for layer, *values in found if not np.isfinite(values).all()]:
-            raise BatchNormError(
+            raise NonFiniteStatisticsError(
                 f"the statistics of {', '.join(spoilt)} would hold NaN or Inf.",
                 hint="look for them in the data and in the weights.",
             )

@@ -74,6 +74,8 @@ def arrays_of(given: Weights, model: torch.nn.Module, what: str) -> dict[str, An
       NothingAveragedError: an average without a snapshot.
     """
     own = weights_in(model)
+    if isinstance(given, (str, os.PathLike)):
+        given = core.read(given)
     found: Mapping[str, Any]
     if given is None or given is model:
         found = own
@@ -83,8 +85,6 @@ def arrays_of(given: Weights, model: torch.nn.Module, what: str) -> dict[str, An
         found = dict(given.named_parameters(remove_duplicate=False))
     elif isinstance(given, AverageFile):
         found = core.averages_of(given)
-    elif isinstance(given, (str, os.PathLike)):
-        found = core.from_file(given)
     elif isinstance(given, Mapping):
         found = given
     elif isinstance(given, (Tensor, np.ndarray)):

@@ -10,12 +10,11 @@ from swa_core.average_files import AverageFile, load_average
 from swa_core.errors import NothingAveragedError
 
 
-def from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The arrays of a safetensors file by name: an average that was saved, or any model.
+def read(path: str | os.PathLike[str]) -> AverageFile | dict[str, Any]:
+    """A safetensors file: an average that was saved, or else its arrays by name.
 
     Raises:
       StateError: no safetensors file, truncated or damaged.
-      NothingAveragedError: it was saved before the first snapshot.
       OSError: it cannot be read.
 
     >>> import tempfile
@@ -23,11 +22,11 @@ def from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     >>> from swa_core import SWAConfig, SWAState, save_average
     >>> file = tempfile.mkdtemp() + "/average.safetensors"
     >>> save_average(file, SWAState(7, 2, 0, 2.0, {"w": np.zeros(1)}), SWAConfig())
-    >>> from_file(file)
+    >>> averages_of(read(file))
     {'w': array([0.])}
     """
     arrays, metadata = safetensors_files.read(path)
-    return averages_of(load_average(path)) if "swa" in metadata else arrays
+    return load_average(path) if "swa" in metadata else arrays
 
 
 def averages_of(file: AverageFile) -> dict[str, Any]:

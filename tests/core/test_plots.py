@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swa_core import (
-    AverageFile,
     NonFiniteStatisticsError,
     NothingAveragedError,
     StateError,
     SWAConfig,
     SWAState,
     plots,
+    safetensors_files,
     save_average,
 )
 from swa_core.plots import Line, Plane, Rays
-from swa_core.plots.given import averages_of, from_file
+from swa_core.plots.given import averages_of, read
 
 W1, W2, SWA = ({"w": np.float32(w)} for w in ([0, 0, 1], [4, 0, 1], [1, 2, 1]))
 
@@ -377,13 +377,12 @@ def test_an_unknown_measure_is_named():
 def test_weights_come_out_of_files(tmp_path):
     state = SWAState(7, 2, 0, 2.0, {"w": np.float32([1, 2])})
     save_average(tmp_path / "average.safetensors", state, SWAConfig())
-    assert from_file(tmp_path / "average.safetensors")["w"].tolist() == [1, 2]
+    assert averages_of(read(tmp_path / "average.safetensors"))["w"].tolist() == [1, 2]
+    safetensors_files.write(tmp_path / "model.safetensors", {"w": np.float32([3])}, {})
+    assert read(tmp_path / "model.safetensors")["w"].tolist() == [3]
 
 
 def test_a_file_without_a_snapshot_is_refused(tmp_path):
     save_average(tmp_path / "empty.safetensors", SWAState(7, 0, 0, 0.0, {}), SWAConfig())
     with pytest.raises(NothingAveragedError, match="before the first snapshot"):
-        from_file(tmp_path / "empty.safetensors")
-    empty = AverageFile(SWAState(0, 0, 0, 0.0, {}), SWAConfig(), None, None, {}, {}, {}, {})
-    with pytest.raises(NothingAveragedError):
-        averages_of(empty)
+        averages_of(read(tmp_path / "empty.safetensors"))
