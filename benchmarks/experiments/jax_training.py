@@ -87,15 +87,14 @@ class Training:
         state = {"params": params, "stats": stats, "momentum": optax.tree.get(opt_state, "trace")}
         if averages:
             state["opt_state"] = opt_state
-        # Copies: the step is given the memory of these.
-        return jax.tree.map(np.array, state) | {"snapshots": self._snapshots if averages else {}}
+        state = jax.tree.map(np.array, state)  # copies: the update is given the memory of these
+        return state | ({"snapshots": self._snapshots} if averages else {})
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._snapshots |= state["snapshots"]
-        state = jax.tree.map(jnp.array, state)
+        self._snapshots |= state.get("snapshots", {})
         opt_state = state.get("opt_state", self._state[2])
         opt_state = optax.tree.set(opt_state, trace=state["momentum"])
-        self._state = state["params"], state["stats"], opt_state
+        self._state = jax.tree.map(jnp.array, (state["params"], state["stats"], opt_state))
 
     def _average_state(self, name: str) -> SWAState:
         # Several averages in one chain: each is read by its own part of the state.
