@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Array = Union[npt.NDArray[Any], "Tensor"]
+NAME = "C loop"
 SOURCE = Path(__file__).with_name("ceiling.c")
 FLAGS = ("-O3", "-march=native", "-pthread", "-shared", "-fPIC")
 # The operations of ceiling.c.
@@ -50,6 +51,15 @@ def library() -> ctypes.CDLL:
             said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
             raise NoCompilerError(f"{' '.join(command[:-3])} failed: {said}") from error
         return ctypes.CDLL(str(target))
+
+
+def missing() -> str | None:
+    """Why the loop cannot run here, or None."""
+    try:
+        library()
+    except NoCompilerError as error:
+        return str(error)
+    return None
 
 
 class Pairs:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint_sets
+import command
 import machine
 from checkpoint_contenders import CONTENDERS
 from timing import Table
@@ -79,7 +79,7 @@ class Bench:
         if self.mergekit is None:
             found[MERGEKIT] = "NOT INSTALLED (--mergekit PYTHON, of an environment that has it)"
         whole = sum(path.stat().st_size for path in self.paths)
-        free = _available()
+        free = machine.free_memory()
         if free is not None and 2.05 * whole > free:
             found["load all, numpy mean"] = (
                 f"takes {whole / 1e9:.0f} GB beside the page cache, and of both "
@@ -165,7 +165,11 @@ class Bench:
         times = {name: figure.seconds for name, figure in figures.items()}
         absent = {who: why for who, why in self.absent().items() if who not in OURS}
         out = Table(
-            f"{title} in {self.dtype}", times, FLOOR if FLOOR in times else None, absent=absent
+            f"{title} in {self.dtype}",
+            times,
+            FLOOR if FLOOR in times else None,
+            absent=absent,
+            about={"kind": "checkpoints", "of": self.dtype, "MB": whole / len(self.paths) / 1e6},
         )
         out.column("fastest", out.fastest(), "{:.2f}")
         means = [name for name in names if name != FLOOR]
@@ -182,15 +186,6 @@ class Bench:
         medians = out.medians()
         out.column("GB/s", {name: whole / medians[name] / 1e9 for name in names}, "{:.1f}")
         return out
-
-
-def _available() -> int | None:
-    """Bytes of memory that could be taken, the page cache among them."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def _watch(process: subprocess.Popen[str], most: dict[str, float]) -> None:
@@ -242,8 +237,7 @@ def main() -> None:
     # Else the files would stay behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     about = machine.description(list(PACKAGES))
-    print("\n".join(f"{key}: {value}" for key, value in about.items()), "\n", flush=True)
-    print(LEGEND, "\n", flush=True)
+    command.show(about, LEGEND)
     mergekit = python_with_mergekit(options.mergekit)
     tables = []
     for dtype in dtypes:
@@ -261,13 +255,7 @@ def main() -> None:
             for names, rounds in sets[1 if options.quick else 0 :]:
                 tables.append(bench.measure(names, rounds, known))
                 print(tables[-1].text(), "\n", flush=True)
-    if options.json is not None:
-        found = {
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "machine": {**about, "load_after": os.getloadavg()[0]},
-            "tables": [table.figures() for table in tables],
-        }
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    command.write(options.json, about, [table.figures() for table in tables])
 
 
 if __name__ == "__main__":

@@ -159,7 +159,9 @@ def fitting(rounds: int, *, tiny: bool) -> Table:
             assert all(map(np.array_equal, found, plain)), f"{name} changed the training"
     errors = _errors(running, tiny=tiny)
     weights = sum(np.size(w) for w in plain) / 1e6
-    out = Table(f"A batch of fit, {weights:.1f} M float32 weights", times, PLAIN, STEPS)
+    title = f"A batch of fit: Adam, {weights:.1f} M float32 weights"
+    about = {"kind": "training", "of": f"Adam, {weights:.1f} M"}
+    out = Table(title, times, PLAIN, STEPS, about=about)
     base = out.medians()[PLAIN]
     out.column("fastest", out.fastest(), "{:.2f}")
     out.column("ms more", {n: 1e3 * (s - base) for n, s in out.medians().items()}, "{:.2f}")

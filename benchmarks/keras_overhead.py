@@ -23,6 +23,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import command
+import machine
+
 BACKENDS = ("tensorflow", "jax", "torch")
 DTYPES = ("float32", "bfloat16")
 LEGEND = """\
@@ -39,7 +42,6 @@ def measure(rounds: int, *, tiny: bool) -> list[dict[str, Any]]:
     import keras
     import keras_fit
     import keras_memory
-    import machine
     from keras_contenders import CEILING, EMA
     from keras_sets import SETS
     from keras_tables import Bench, skipped_updates, snapshots, swapping
@@ -55,11 +57,7 @@ def measure(rounds: int, *, tiny: bool) -> list[dict[str, Any]]:
     about = machine.description(["keras", backend, "numpy"])
     print(f"Keras on {backend}")
     print("\n".join(f"{key}: {value}" for key, value in about.items()), "\n", flush=True)
-    found: list[dict[str, Any]] = []
-
-    def show(out: Table) -> None:
-        found.append(out.figures() | {"backend": backend, "load": os.getloadavg()[0]})
-        print(out.text(), "\n", flush=True)
+    shown = command.Shown()
 
     def add(out: Table, of: str, headings: dict[str, str]) -> None:
         """What the contenders' own processes say, as columns."""
@@ -76,23 +74,24 @@ def measure(rounds: int, *, tiny: bool) -> list[dict[str, Any]]:
             out.column(heading, values, "{:.0f}" if key == "faults" else "{:.2f}")
         for name, figure in by_name.items():
             if "failed" in figure:
+                out.unmeasured[name] = f"memory: {figure['failed']}"
                 print(f"memory of {name} was not measured: {figure['failed']}")
 
     out = keras_fit.fitting(rounds, tiny=tiny)
     add(out, "fit", {"held": "holds", "fit": "+ in fit"})
-    show(out)
+    shown.add(out)
     for name in [keras_memory.SET] if tiny else SETS:
         for dtype in DTYPES:
             out = snapshots(bench, name, dtype)
             if name == keras_memory.SET:
                 add(out, dtype, {"held": "holds", "peak": "+ peak", "faults": "faults"})
-            show(out)
+            shown.add(out)
         out = swapping(bench, name)
         if name == keras_memory.SET:
             add(out, "swap", {"swapped": "swapped", "swap_peak": "+ peak"})
-        show(out)
-    show(skipped_updates(bench))
-    return found
+        shown.add(out)
+    shown.add(skipped_updates(bench))
+    return [figures | {"backend": backend} for figures in shown.figures]
 
 
 def in_a_process(backend: str, arguments: list[str]) -> list[dict[str, Any]]:
@@ -100,25 +99,19 @@ def in_a_process(backend: str, arguments: list[str]) -> list[dict[str, Any]]:
     environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "KERAS_BACKEND": backend}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tables.json"
-        command = [sys.executable, __file__, "--here", "--json", str(file), *arguments]
-        subprocess.run(command, check=True, env=environment)
+        run = [sys.executable, __file__, "--here", "--json", str(file), *arguments]
+        subprocess.run(run, check=True, env=environment)
         return json.loads(file.read_text(encoding="utf-8"))["tables"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__, rounds=25)
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="default: all three")
-    parser.add_argument("--rounds", type=int, default=25, help="rounds that count (default: 25)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
-    parser.add_argument(
-        "--quick", action="store_true", help="3 rounds on a tiny set: whether all runs, no figures"
-    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    about = machine.description(["keras", *BACKENDS, "numpy"])
     if options.here:
-        tables = measure(3 if options.quick else options.rounds, tiny=options.quick)
+        tables = measure(command.rounds(options), tiny=options.quick)
     else:
         print(LEGEND, "\n", flush=True)
         arguments = ["--rounds", str(options.rounds), *(["--quick"] if options.quick else [])]
@@ -127,9 +120,7 @@ def main() -> None:
             for backend in options.backend or BACKENDS
             for table in in_a_process(backend, arguments)
         ]
-    if options.json is not None:
-        found = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "tables": tables}
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    command.write(options.json, about, tables)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,13 @@ def snapshots(bench: Bench, name: str, dtype: str) -> Table:
             errors[contender] = weights.error(each.averages(), uniform)
             error = errors[contender]
             assert error < TOLERANCE, f"{contender}: the average is off by {error:.1e}"
-    out = Table(bench.title("A snapshot", name, dtype), times, _base(times), absent=bench.absent)
+    out = Table(
+        bench.title("A snapshot", name, dtype),
+        times,
+        _base(times),
+        absent=bench.absent,
+        about={"kind": "snapshot", "of": f"{name}, {dtype}"},
+    )
     out.column("fastest", out.fastest(), "{:.2f}")
     out.column("error", errors, "{:.0e}")
     traffic = elements(shapes) * (10 if dtype == "bfloat16" else 12)
@@ -126,7 +132,11 @@ def swapping(bench: Bench, name: str) -> Table:
         if who.startswith("swa_keras"):
             assert errors[who] == 0, f"{who} does not swap bit for bit"
     out = Table(
-        bench.title("In and out", name, "float32"), times, _base(times), absent=bench.absent
+        bench.title("In and out", name, "float32"),
+        times,
+        _base(times),
+        absent=bench.absent,
+        about={"kind": "swap", "of": f"{name}, float32"},
     )
     out.column("fastest", out.fastest(), "{:.2f}")
     out.column("error", errors, "{:.0e}")
@@ -161,7 +171,8 @@ def skipped_updates(bench: Bench) -> Table:
     )
     assert in_fit.n_averaged == in_loop.n_averaged == 0
     assert in_loop.updates == CALLS * (bench.rounds + 1)
-    out = Table("A batch that takes no snapshot", times, names[0], CALLS)
+    about = {"kind": "skipped", "of": "a batch"}
+    out = Table("A batch that takes no snapshot", times, names[0], CALLS, about=about)
     base = out.medians()[names[0]]
     out.column("us more", {n: 1e6 * (s - base) for n, s in out.medians().items()}, "{:.2f}")
     return out

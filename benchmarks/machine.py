@@ -15,13 +15,38 @@ def description(packages: list[str]) -> dict[str, object]:
     torch = sys.modules.get("torch")  # which not every benchmark is about
     return {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores": cores(),
+        "memory": memory(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **({} if torch is None else _torch(torch)),
         "versions": {name: version for name in packages if (version := _version(name))},
     }
+
+
+def cores() -> int | None:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+def memory() -> int | None:
+    """Of the machine [GB]."""
+    whole = _meminfo("MemTotal")
+    return None if whole is None else round(whole / 1e9)
+
+
+def free_memory() -> int | None:
+    """What could be taken, the page cache among it [bytes]; None where the system does not say."""
+    return _meminfo("MemAvailable")
+
+
+def _meminfo(key: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def _torch(torch: Any) -> dict[str, object]:

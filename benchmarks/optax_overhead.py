@@ -1,6 +1,6 @@
 """What averaging costs in JAX, beside what people write and other libraries do.
 
-    python benchmarks/optax_overhead.py [--rounds 7] [--json FILE] [--quick]
+    python benchmarks/optax_overhead.py [--rounds 7] [--tables steps] [--json FILE] [--quick]
 
 Compiled, donated train steps with SGD and Adam; the update alone; steps in a scan; a snapshot
 alone, in ratios to a loop in C; updates that are no snapshot. After the timing every average is
@@ -13,20 +13,15 @@ look at the load that is printed.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import ceiling
+import command
 import jax
 import machine
 from optax_snapshots import CEILING
 from optax_tables import OPTIMIZERS, Bench, scans, skipped_updates, snapshots, steps
-from timing import Table
 
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 LEGEND = """\
@@ -39,16 +34,17 @@ what the compiled step needs besides. compile s: compiling, in the snapshots' ta
 call."""
 
 
+TABLES = ("steps", "constant", "scans", "snapshots", "skipped")
+MILLIONS = 1e6
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: 7)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
-    parser.add_argument(
-        "--quick", action="store_true", help="3 rounds of little: whether all runs, no figures"
-    )
+    parser = command.parser(__doc__, rounds=7)
+    add = parser.add_argument
+    add("--tables", default=",".join(TABLES), help="comma-separated (default: all)")
+    add("--weights", default="1,25", help="millions of weights of the train steps (default: 1,25)")
     options = parser.parse_args()
+    tables = command.chosen(parser, "--tables", options.tables, TABLES)
     absent = {}
     try:
         if jax.default_backend() != "cpu":
@@ -56,41 +52,36 @@ def main() -> None:
         ceiling.library()
     except ceiling.NoCompilerError as error:
         absent[CEILING] = str(error)
-    bench = Bench(3 if options.quick else options.rounds, options.quick, absent)
+    bench = Bench(command.rounds(options), options.quick, absent)
     about = machine.description(PACKAGES)
     about["device"] = jax.devices()[0].device_kind
-    print("\n".join(f"{key}: {value}" for key, value in about.items()), "\n", flush=True)
-    print(LEGEND, "\n", flush=True)
-    tables: list[dict[str, object]] = []
-
-    def show(out: Table) -> None:
-        tables.append(out.figures() | {"load": os.getloadavg()[0]})
-        print(out.text(), "\n", flush=True)
+    command.show(about, LEGEND)
+    shown = command.Shown()
 
     begin = time.monotonic()
-    millions = 1e6
-    for n_weights in (1e4,) if options.quick else (millions, 25 * millions):
-        for optimizer in OPTIMIZERS:
-            show(steps(bench, optimizer, n_weights))
-    show(steps(bench, "SGD", 1e4 if options.quick else 25 * millions, constant=True))
-    show(scans(bench, "SGD", 1e4 if options.quick else millions))
-    few = replace(bench, rounds=min(bench.rounds, 5))
-    if not options.quick:
-        show(scans(few, "SGD", 12 * millions))
-        show(scans(few, "SGD", 12 * millions, constant=True))
-    for count in (10,) if options.quick else (10, 200, 1000):
-        show(snapshots(bench, count, 25 * millions, "float32"))
-    show(snapshots(bench, 10, 25 * millions, "bfloat16"))
-    for count in (10,) if options.quick else (10, 200, 1000):
-        show(skipped_updates(bench, count))
+    sizes = [MILLIONS * float(size) for size in options.weights.split(",")]
+    counts = (10,) if options.quick else (10, 200, 1000)
+    if "steps" in tables:
+        for n_weights in (1e4,) if options.quick else sizes:
+            for optimizer in OPTIMIZERS:
+                shown.add(steps(bench, optimizer, n_weights))
+    if "constant" in tables:
+        shown.add(steps(bench, "SGD", 1e4 if options.quick else 25 * MILLIONS, constant=True))
+    if "scans" in tables:
+        shown.add(scans(bench, "SGD", 1e4 if options.quick else MILLIONS))
+        few = replace(bench, rounds=min(bench.rounds, 5))
+        if not options.quick:
+            shown.add(scans(few, "SGD", 12 * MILLIONS))
+            shown.add(scans(few, "SGD", 12 * MILLIONS, constant=True))
+    if "snapshots" in tables:
+        for count in counts:
+            shown.add(snapshots(bench, count, 25 * MILLIONS, "float32"))
+        shown.add(snapshots(bench, 10, 25 * MILLIONS, "bfloat16"))
+    if "skipped" in tables:
+        for count in counts:
+            shown.add(skipped_updates(bench, count))
     print(f"{time.monotonic() - begin:.0f} s")
-    if options.json is not None:
-        found = {
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "machine": {**about, "load_after": os.getloadavg()[0]},
-            "tables": tables,
-        }
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    command.write(options.json, about, shown.figures)
 
 
 if __name__ == "__main__":

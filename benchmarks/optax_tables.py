@@ -90,7 +90,9 @@ def steps(bench: Bench, optimizer: str, n_weights: float, *, constant: bool = Fa
             assert error < TOLERANCE, f"{who.name}: the average is off by {error:.1e}"
     what = "An update by constant gradients" if constant else "A train step"
     title = f"{what}: {optimizer}, {size / 1e6:.1f} M float32 weights"
-    out = Table(title, times, PLAIN, EVERY, absent=bench.absent)
+    kind = "constant gradients" if constant else "training"
+    about = {"kind": kind, "of": f"{optimizer}, {size / 1e6:.1f} M"}
+    out = Table(title, times, PLAIN, EVERY, absent=bench.absent, about=about)
     medians = out.medians()
     more = {name: medians[name] - medians[PLAIN] for name in running if name != PLAIN}
     out.column("fastest", out.fastest(), "{:.2f}")
@@ -116,7 +118,9 @@ def scans(bench: Bench, optimizer: str, n_weights: float, *, constant: bool = Fa
     size = sum(w.size for w in jax.tree.leaves(running[PLAIN].parameters))
     what = "An update by constant gradients" if constant else "A train step"
     title = f"{what} in a scan of {SCANNED}: {optimizer}, {size / 1e6:.1f} M float32 weights"
-    out = Table(title, times, PLAIN, SCANNED)
+    kind = "scanned constant gradients" if constant else "scanned training"
+    about = {"kind": kind, "of": f"{optimizer}, {size / 1e6:.1f} M"}
+    out = Table(title, times, PLAIN, SCANNED, about=about)
     medians = out.medians()
     out.column("fastest", out.fastest(), "{:.2f}")
     more = {n: 1e3 * (s - medians[PLAIN]) for n, s in medians.items() if n != PLAIN}
@@ -153,7 +157,8 @@ def snapshots(bench: Bench, count: int, n_weights: float, dtype: str) -> Table:
         assert error < TOLERANCE, f"{who.name}: the average is off by {error:.1e}"
     size = sum(array.size for array in weights.arrays)
     title = f"A snapshot alone: {count} tensors, {size / 1e6:.1f} M {dtype} weights"
-    out = Table(title, times, CEILING if CEILING in times else None, absent=absent)
+    about = {"kind": "snapshot", "of": f"{count} tensors, {dtype}"}
+    out = Table(title, times, CEILING if CEILING in times else None, absent=absent, about=about)
     out.column("fastest", out.fastest(), "{:.2f}")
     traffic = {who.name: 8 * size + weights.n_bytes * (who.passes - 2) for who in here}
     speed = {name: traffic[name] / seconds / 1e9 for name, seconds in out.medians().items()}
@@ -195,7 +200,8 @@ def skipped_updates(bench: Bench, count: int) -> Table:
 
     times = interleaved({who.name: repeat(who) for who in contenders}, bench.rounds)
     title = f"An update that is no snapshot: {count} tensors of 8 weights, SGD"
-    out = Table(title, times, PLAIN, CALLS)
+    about = {"kind": "skipped", "of": f"{count} tensors"}
+    out = Table(title, times, PLAIN, CALLS, about=about)
     least = {name: min(seconds) / CALLS for name, seconds in times.items()}
     more = {name: 1e6 * (seconds - least[PLAIN]) for name, seconds in least.items()}
     out.column("fastest", out.fastest(), "{:.2f}")

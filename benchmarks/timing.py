@@ -57,6 +57,8 @@ class Table:
       base: the contender whose ratio is 1; the fastest if not given.
       calls: how many calls a round's seconds are of.
       absent: contenders without figures, and why.
+      about: what was measured, for programs: "kind", and of what.
+      unmeasured: what is missing of contenders that have figures, and why.
 
     >>> out = Table("Waiting", {"a": [2.0, 2.0, 2.0], "b": [1.0, 1.0, 1.0]}, absent={"c": "ill"})
     >>> out.column("noise", {"a": 0.5}, "{:.1f}")
@@ -73,6 +75,8 @@ class Table:
     base: str | None = None
     calls: int = 1
     absent: Mapping[str, str] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+    unmeasured: dict[str, str] = field(default_factory=dict)
     _columns: dict[str, tuple[Mapping[str, Any], str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -126,7 +130,14 @@ class Table:
                     if name in column
                 },
             }
-        return {"title": self.title, "base": self.base, "rows": rows, "absent": dict(self.absent)}
+        return {
+            "title": self.title,
+            **self.about,
+            "base": self.base,
+            "rows": rows,
+            "absent": dict(self.absent),
+            "unmeasured": self.unmeasured,
+        }
 
 
 def table(title: str, times: Mapping[str, Sequence[float]], *, calls: int = 1) -> str:

@@ -42,7 +42,8 @@ def snapshots(contenders: list[Contender], name: str, dtype: str, rounds: int) -
         averages = [average.detach() for average in running[contender.name].averages()]
         if averages[0].dtype == torch.float32:
             assert weights.error(averages, contender.mix) < 1e-6, contender.name
-    out = Table(f"A snapshot on the GPU: {name}, {dtype} weights", times, COPY)
+    about = {"kind": "snapshot on the GPU", "of": f"{name}, {dtype}"}
+    out = Table(f"A snapshot on the GPU: {name}, {dtype} weights", times, COPY, about=about)
     bytes_moved = dict.fromkeys(times, count * (8 + weights.tensors[0].itemsize))
     bytes_moved[COPY] = count * 8
     rates = {who: bytes_moved[who] / seconds for who, seconds in out.medians().items()}
@@ -92,7 +93,7 @@ def offloaded(rounds: int) -> Table | None:
     for one, other in zip(on_gpu, on_host, strict=True):
         torch.testing.assert_close(one.cpu(), other.cpu(), rtol=1e-5, atol=1e-7)
     title = f"{STEPS} training steps on the GPU, one snapshot of {layers * width**2 / 1e6:.0f} M"
-    return Table(title, times, "training")
+    return Table(title, times, "training", about={"kind": "training on the GPU", "of": "offload"})
 
 
 def _training(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor):

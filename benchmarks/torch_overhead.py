@@ -2,10 +2,11 @@
 
     python benchmarks/torch_overhead.py [--rounds 25] [--sets gpt2] [--json FILE] [--quick]
 
-Snapshots, updates that are none, and swapping; memory and page faults from processes of their own;
-on a GPU, if there is one, the share of its copy bandwidth. The inner optimizer does nothing, so
-that averaging alone is timed. Weights change before each round, and after the timing every average
-is compared with float64. Caches are cold, as after the passes over activations in training.
+Snapshots, updates that are none, and swapping; whole train steps; memory and page faults from
+processes of their own; on a GPU, if there is one, the share of its copy bandwidth. But for the
+train steps the inner optimizer does nothing, so that averaging alone is timed. Weights change
+before each round, and after the timing every average is compared with float64. Caches are cold, as
+after the passes over activations in training.
 
 gpt2 needs 10 GB. What is not installed is said. Other work on the machine hits those with more
 threads harder, the C loop first of all: look at the load that is printed.
@@ -13,12 +14,7 @@ threads harder, the C loop first of all: look at the load that is printed.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
-from pathlib import Path
-
+import command
 import machine
 import memory
 import torch
@@ -27,6 +23,7 @@ from timing import Table
 from torch_peers import CEILING, CONTENDERS
 from torch_sets import SETS
 from torch_tables import Bench, skipped_updates, snapshots, swapping
+from torch_training import OPTIMIZERS, trainings
 
 DTYPES = ("float32", "bfloat16")
 PACKAGES = ("torch", "numpy", "torchcontrib", "timm", "ema-pytorch", "torch-ema", "lightning")
@@ -59,6 +56,7 @@ def add_memory(
         out.column(heading, values, "{:.0f}" if key == "faults" else "{:.2f}")
     for who, figure in here.items():
         if "failed" in figure:
+            out.unmeasured[who] = f"memory: {figure['failed']}"
             print(f"memory of {who} was not measured: {figure['failed']}")
 
 
@@ -76,58 +74,39 @@ def on_the_gpu(bench: Bench, sets: list[str]) -> list[Table]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=25, help="rounds that count (default: 25)")
+    parser = command.parser(__doc__, rounds=25)
     parser.add_argument("--sets", default=",".join(SETS), help="comma-separated (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
-    parser.add_argument(
-        "--quick", action="store_true", help="3 rounds on tiny sets: whether all runs, no figures"
-    )
     options = parser.parse_args()
-    sets = options.sets.split(",")
-    if unknown := set(sets) - SETS.keys():
-        parser.error(f"--sets: unknown {sorted(unknown)}; known are {', '.join(SETS)}")
+    sets = command.chosen(parser, "--sets", options.sets, list(SETS))
 
     absent = {who.name: why for who in CONTENDERS if (why := who.missing()) is not None}
     here = [who for who in CONTENDERS if who.name not in absent]
-    bench = Bench(3 if options.quick else options.rounds, options.quick, here, absent)
+    bench = Bench(command.rounds(options), options.quick, here, absent)
     about = machine.description(PACKAGES)
-    print("\n".join(f"{key}: {value}" for key, value in about.items()), "\n", flush=True)
+    command.show(about, LEGEND)
     if CEILING.name in absent:
         print("Without the C loop, the ratio is to the fastest.\n")
 
-    print(LEGEND, "\n", flush=True)
     memories = measure_memory(bench, sets)
-    tables = []
-
-    def show(out: Table) -> None:
-        tables.append(out)
-        print(out.text(), "\n", flush=True)
-
+    shown = command.Shown()
     for name in sets:
         for dtype in DTYPES:
             out = snapshots(bench, name, dtype)
             headings = {"held": "holds", "peak": "+ peak", "faults": "faults"}
             add_memory(out, memories, (name, dtype), headings)
-            show(out)
+            shown.add(out)
         out = swapping(bench, name)
         add_memory(out, memories, (name, "float32"), {"swap_peak": "+ peak"})
-        show(out)
-    show(skipped_updates(bench))
+        shown.add(out)
+    shown.add(skipped_updates(bench))
+    for optimizer in OPTIMIZERS:
+        shown.add(trainings(bench, optimizer))
     if torch.cuda.is_available():
         for out in on_the_gpu(bench, sets):
-            show(out)
+            shown.add(out)
     else:
         print("No GPU here: nothing was measured on one.")
-    if options.json is not None:
-        found = {
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "machine": {**about, "load_after": os.getloadavg()[0]},
-            "tables": [out.figures() for out in tables],
-        }
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    command.write(options.json, about, shown.figures)
 
 
 if __name__ == "__main__":

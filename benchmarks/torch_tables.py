@@ -83,7 +83,13 @@ def snapshots(bench: Bench, name: str, dtype: str) -> Table:
             assert error < TOLERANCE, f"{contender.name}: the average is off by {error:.1e}"
         dtypes[contender.name] = str(kept).removeprefix("torch.")
         errors[contender.name] = error
-    out = Table(bench.title("A snapshot", name, dtype), times, _base(times), absent=bench.absent)
+    out = Table(
+        bench.title("A snapshot", name, dtype),
+        times,
+        _base(times),
+        absent=bench.absent,
+        about={"kind": "snapshot", "of": f"{name}, {dtype}"},
+    )
     out.column("fastest", out.fastest(), "{:.2f}")
     out.column("average", dtypes, "{}")
     out.column("error", errors, "{:.0e}")
@@ -131,7 +137,11 @@ def swapping(bench: Bench, name: str) -> Table:
         each.swap_out()
         assert _equal(weights.tensors, live), f"{who} does not give the weights back"
     out = Table(
-        bench.title("In and out", name, "float32"), times, _base(times), absent=bench.absent
+        bench.title("In and out", name, "float32"),
+        times,
+        _base(times),
+        absent=bench.absent,
+        about={"kind": "swap", "of": f"{name}, float32"},
     )
     out.column("fastest", out.fastest(), "{:.2f}")
     return out
@@ -156,7 +166,14 @@ def skipped_updates(bench: Bench) -> Table:
     assert ours.n_averaged == 0
     assert ours.updates == CALLS * (bench.rounds + 1)
     absent = {who: why for who, why in bench.absent.items() if who in SKIPPING}
-    out = Table("An update that is no snapshot", times, "the bare optimizer's step", CALLS, absent)
+    out = Table(
+        "An update that is no snapshot",
+        times,
+        "the bare optimizer's step",
+        CALLS,
+        absent,
+        {"kind": "skipped", "of": "resnet50"},
+    )
     base = out.medians()[out.base]
     over = {who: 1e6 * (seconds - base) for who, seconds in out.medians().items()}
     out.column("us more", over, "{:.2f}")
