@@ -164,12 +164,14 @@ class Bench:
         title = f"{len(self.paths)} checkpoints of {whole / len(self.paths) / 1e6:.0f} MB"
         times = {name: figure.seconds for name, figure in figures.items()}
         absent = {who: why for who, why in self.absent().items() if who not in OURS}
+        everybody = set(names) > {FLOOR, *OURS}
+        of = self.dtype if everybody else f"{self.dtype}, ours alone"
         out = Table(
             f"{title} in {self.dtype}",
             times,
             FLOOR if FLOOR in times else None,
             absent=absent,
-            about={"kind": "checkpoints", "of": self.dtype, "MB": whole / len(self.paths) / 1e6},
+            about={"kind": "checkpoints", "of": of, "MB": whole / len(self.paths) / 1e6},
         )
         out.column("fastest", out.fastest(), "{:.2f}")
         means = [name for name in names if name != FLOOR]

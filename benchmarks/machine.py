@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
+import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,56 @@ def description(packages: list[str]) -> dict[str, object]:
         **({} if torch is None else _torch(torch)),
         "versions": {name: version for name in packages if (version := _version(name))},
     }
+
+
+def short_name(about: Mapping[str, Any]) -> str:
+    """A name for files, of what is described; no host's.
+
+    >>> short_name({"cpu": "AMD EPYC (Milan) @ 2.4", "cores": 2, "memory": 25, "system": "Linux x"})
+    'amd-epyc-milan-2-4-2-cores'
+    """
+    words = re.findall(r"[a-z0-9]+", f"{about['cpu']} {about['cores']} cores".lower())
+    return "-".join(words)
+
+
+def is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two descriptions are of machines whose figures can be compared."""
+    return all(one.get(key) == other.get(key) for key in ("cpu", "cores", "memory", "system"))
+
+
+class Others:
+    """How busy the rest of the machine is meanwhile, going by the kernel's accounts.
+
+    What this process and the children it has waited for used is left out; what a hypervisor gave
+    to others is not.
+    """
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._busy, self._own = _busy(), _own()
+
+    def cores(self) -> float | None:
+        """So many cores were kept busy by others since the start; None where it cannot be known."""
+        busy = _busy()
+        if busy is None or self._busy is None:
+            return None
+        seconds = time.monotonic() - self._begin
+        return max(0.0, (busy - self._busy - (_own() - self._own)) / seconds)
+
+
+def _busy() -> float | None:
+    """Seconds that all cores have worked, since the machine started."""
+    try:
+        line = Path("/proc/stat").read_text().splitlines()[0]
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, line.split()[1:])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def cores() -> int | None:

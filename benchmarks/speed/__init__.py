@@ -1,0 +1,1 @@
+"""The benchmarks of what averaging costs, joined: one table, its history, what became slower."""
