@@ -52,7 +52,7 @@ class Others:
 
     def __init__(self) -> None:
         self._begin = time.monotonic()
-        self._busy, self._own = _busy(), _own()
+        self._busy, self._own = _busy(), own_seconds()
 
     def cores(self) -> float | None:
         """So many cores were kept busy by others since the start; None where it cannot be known."""
@@ -60,7 +60,7 @@ class Others:
         if busy is None or self._busy is None:
             return None
         seconds = time.monotonic() - self._begin
-        return max(0.0, (busy - self._busy - (_own() - self._own)) / seconds)
+        return max(0.0, (busy - self._busy - (own_seconds() - self._own)) / seconds)
 
 
 def _busy() -> float | None:
@@ -73,7 +73,8 @@ def _busy() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _own() -> float:
+def own_seconds() -> float:
+    """Of computing, of this process and the children that it has waited for, on all cores."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 
 # Fewer points have no error.
 FEWEST = 3
@@ -40,7 +40,8 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> Fit | None:
     if len(sizes) < FEWEST:
         return None
     line = stats.linregress(np.log(sizes), np.log(seconds))
-    return Fit(float(line.slope), float(line.stderr))
+    # Of equal seconds, scipy gives no error.
+    return Fit(float(line.slope), float(np.nan_to_num(line.stderr)))
 
 
 def per_tensor(counts: Sequence[float], seconds: Sequence[float]) -> Fit | None:
@@ -55,9 +56,12 @@ def per_tensor(counts: Sequence[float], seconds: Sequence[float]) -> Fit | None:
     if len(counts) < FEWEST:
         return None
     x, y = np.asarray(counts, float), np.asarray(seconds, float)
-    # In units of the largest, in which the search is well conditioned.
-    found, covariance = optimize.curve_fit(
-        lambda n, a, b: a + b * n, x / x.max(), y / y.max(), p0=(0.5, 0.5), sigma=y / y.max()
-    )
-    scale = 1e6 * y.max() / x.max()
-    return Fit(float(found[1] * scale), float(np.sqrt(covariance[1, 1]) * scale))
+    # a / y + b x / y = 1, in units of the largest.
+    x_most, y_most = x.max(), y.max()
+    columns = np.stack([y_most / y, (x / x_most) * (y_most / y)], axis=1)
+    found = np.linalg.lstsq(columns, np.ones_like(y), rcond=None)[0]
+    residuals = columns @ found - 1
+    variance = residuals @ residuals / (len(x) - 2)
+    error = np.sqrt(variance * np.linalg.inv(columns.T @ columns)[1, 1])
+    scale = 1e6 * y_most / x_most
+    return Fit(float(found[1] * scale), float(error * scale))

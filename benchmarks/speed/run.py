@@ -24,8 +24,8 @@ class Run:
       command: what made it.
       quick: whether it is tiny and its figures mean nothing.
       about: the machine and the versions.
-      parts: each with "part", "growth", "command", "seconds", "load_before", "load_after", "others"
-        and, if it gave nothing, "failed".
+      parts: each with "part", "growth", "command", "seconds", "cpu", "load_before", "load_after",
+        "others" and, if it gave nothing, "failed"; see ``running.run``.
       disturbed: what else the machine did; nothing if it was quiet.
       entries: every ratio.
       rows: the joined table.
@@ -46,7 +46,8 @@ class Run:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Takes in what a part gave; see ``running.run``."""
-        kept = ("part", "growth", "command", "seconds", "load_before", "load_after", "others")
+        kept = ("part", "growth", "command", "seconds", "cpu")
+        kept += ("load_before", "load_after", "others")
         self.parts.append({key: record[key] for key in (*kept, "failed") if key in record})
         if "failed" in record:
             if record["growth"]:

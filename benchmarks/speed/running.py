@@ -27,9 +27,9 @@ def run(part: Part, folder: Path, rounds: int | None, *, quick: bool) -> dict[st
     """What a part gave: measured now, or before in this folder.
 
     Returns:
-      Its record: "part", "growth", "command", "seconds", "load_before", "load_after", "others"
-      (cores that others kept busy), "found" (its JSON) or "failed" (why there is none), and
-      whether it was "resumed".
+      Its record: "part", "growth", "command", "seconds", "cpu" (seconds of all its threads),
+      "load_before", "load_after", "others" (cores that others kept busy), "found" (its JSON) or
+      "failed" (why there is none), and whether it was "resumed".
     """
     folder.mkdir(parents=True, exist_ok=True)
     file, found = folder / f"{part.title}.json", folder / f"{part.title}.figures.json"
@@ -47,7 +47,7 @@ def run(part: Part, folder: Path, rounds: int | None, *, quick: bool) -> dict[st
         return record | {"failed": why, "resumed": False}
 
     record |= {"load_before": command.load()}
-    begin, others = time.monotonic(), machine.Others()
+    begin, others, own = time.monotonic(), machine.Others(), machine.own_seconds()
     log = folder / f"{part.title}.log"
     environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, **part.environment}
     with log.open("w", encoding="utf-8") as output:
@@ -59,6 +59,7 @@ def run(part: Part, folder: Path, rounds: int | None, *, quick: bool) -> dict[st
             code = None
     record |= {
         "seconds": time.monotonic() - begin,
+        "cpu": machine.own_seconds() - own,
         "load_after": command.load(),
         "others": others.cores(),
     }

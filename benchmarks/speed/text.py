@@ -117,17 +117,21 @@ def conditions(run: Run) -> str:
 
 def parts(run: Run) -> str:
     """What was run, how long it took, and what failed."""
-    out = [("part", "seconds", "load before", "after", "cores busy with others", "command")]
+    out = [
+        ("part", "seconds", "of CPU", "load before", "after", "cores busy with others", "command")
+    ]
     for part in run.parts:
         name = f"growth, {part['part']}" if part["growth"] else part["part"]
         words = " ".join(part["command"])
         if "seconds" not in part:
-            out.append((name, NONE, NONE, NONE, NONE, part["failed"]))
+            out.append((name, NONE, NONE, NONE, NONE, NONE, part["failed"]))
             continue
         figures = [
             NONE if part[key] is None else f"{part[key]:.2f}"
             for key in ("load_before", "load_after", "others")
         ]
         failed = f"FAILED: {part['failed']}; " if "failed" in part else ""
-        out.append((name, f"{part['seconds']:.0f}", *figures, f"{failed}`{words}`"))
+        out.append(
+            (name, f"{part['seconds']:.0f}", f"{part['cpu']:.0f}", *figures, f"{failed}`{words}`")
+        )
     return table(out)
