@@ -4,8 +4,8 @@
 
 From 1 M to 500 M float32 weights in 100 tensors, and from 10 to 10 000 tensors of 10 M weights in
 all; Keras on the backend that KERAS_BACKEND names. All contenders stand beside each other and run
-in turn, so the largest size takes up to 20 GB: what there is no memory for is left out, and what
-would take longer than a few minutes to compile, each with its reason. Weights change before each
+in turn, so the largest size takes up to 24 GB: who has no memory is left out, and who would take
+longer than two minutes to compile, each with the reason. Weights change before each
 round, and averages are compared with float64 after the timing.
 """
 
@@ -33,7 +33,7 @@ SIZES = [n * MILLION for n in (1, 3, 10, 30, 100, 200, 500)]
 TENSORS = 100
 COUNTS = [10, 30, 100, 300, 1000, 3000, 10_000]
 WEIGHTS = 10 * MILLION
-# A size is left out if its first calls would take longer than this, going by the one before [s].
+# Who would take longer than this to compile is left out, going by the size before [s].
 PATIENCE = 120.0
 # Of the memory that is free, what may be asked for.
 SHARE_OF_MEMORY = 0.85
@@ -73,33 +73,51 @@ class Grown:
     left_out: dict[int, str] = field(default_factory=dict)
 
 
-def too_large(copies: int, n_weights: int, free: int | None) -> str | None:
-    """Why a size is left out: it needs so many float32 copies of its weights.
+def affordable(
+    copies: Mapping[str, float], n_weights: int, free: int | None
+) -> tuple[list[str], dict[str, str]]:
+    """Who has memory beside each other, and why the others have none.
 
-    >>> too_large(10, 500 * MILLION, 23 * 10**9)
-    'takes 20 GB, and of 23 GB free no more than 85 % is used'
-    >>> too_large(9, 500 * MILLION, 23 * 10**9)
+    Args:
+      copies: float32 copies of the weights that each contender takes, those that matter most
+        first; under "" what all of them share.
+      n_weights: how many there are.
+      free: memory [bytes]; None where it is not known.
+
+    >>> copies = {"": 2, "ours": 1, "theirs": 4}
+    >>> affordable(copies, 500 * MILLION, 20 * 10**9)
+    (['ours', 'theirs'], {})
+    >>> affordable(copies, 500 * MILLION, 10 * 10**9)
+    (['ours'], {'theirs': 'no memory for all: 14 GB, where 85 % of 10 GB free may be taken'})
     """
-    needed = 4 * copies * n_weights
-    if free is None or needed <= SHARE_OF_MEMORY * free:
-        return None
-    return (
-        f"takes {needed / 1e9:.0f} GB, and of {free / 1e9:.0f} GB free "
-        f"no more than {100 * SHARE_OF_MEMORY:.0f} % is used"
+    names = [name for name in copies if name]
+    if free is None:
+        return names, {}
+
+    def needed(of: Sequence[str]) -> float:
+        return 4 * n_weights * sum(copies[name] for name in ("", *of))
+
+    here = list(names)
+    while here and needed(here) > SHARE_OF_MEMORY * free:
+        here.pop()
+    why = (
+        f"no memory for all: {needed(names) / 1e9:.0f} GB, where {100 * SHARE_OF_MEMORY:.0f} % of "
+        f"{free / 1e9:.0f} GB free may be taken"
     )
+    return here, {name: why for name in names if name not in here}
 
 
 def too_slow(began: Sequence[tuple[int, float]], size: int) -> str | None:
-    """Why a size is left out: its first calls, which compile, would take too long.
+    """Why a contender is left out: its first call, which compiles, would take too long.
 
     Args:
-      began: sizes and the seconds of their first calls, so far.
+      began: sizes and the seconds of its first call, so far.
       size: the next one.
 
     >>> too_slow([], 10_000)
     >>> too_slow([(1000, 10.0)], 3000)
     >>> too_slow([(1000, 10.0), (3000, 90.0)], 10_000)
-    'its first calls would take about 17 minutes, as they grow (90 s at 3000)'
+    'its first call would take about 17 minutes, as they grow (90 s at 3000)'
     """
     if not began:
         return None
@@ -112,7 +130,7 @@ def too_slow(began: Sequence[tuple[int, float]], size: int) -> str | None:
     if expected <= PATIENCE:
         return None
     return (
-        f"its first calls would take about {expected / 60:.0f} minutes, "
+        f"its first call would take about {expected / 60:.0f} minutes, "
         f"as they grow ({seconds:.0f} s at {last})"
     )
 
@@ -122,21 +140,23 @@ def measure(
 ) -> Grown:
     """One axis, every size in its turn."""
     out = Grown(grows, fixed)
-    began: list[tuple[int, float]] = []
+    began: dict[str, list[tuple[int, float]]] = {name: [] for name in module.COPIES if name}
     scratch = np.zeros((1 if tiny else 128) << 18, np.float32)
     for size in sizes:
         count, n_weights = (fixed, size) if grows == "weights" else (size, fixed)
-        why = too_large(module.COPIES, n_weights, machine.free_memory()) or too_slow(began, size)
-        if why is not None:
-            out.left_out[size] = why
-            print(f"{size} {grows} are left out: {why}\n", flush=True)
+        here, absent = affordable(module.COPIES, n_weights, machine.free_memory())
+        absent |= {who: why for who in here if (why := too_slow(began[who], size)) is not None}
+        here = [who for who in here if who not in absent]
+        if not set(here) - {ceiling.NAME}:
+            out.left_out[size] = next(iter(absent.values()))
+            print(f"{size} {grows} are left out: {out.left_out[size]}\n", flush=True)
             continue
-        beside = module.beside(count, n_weights)
-        begin = time.perf_counter()
+        beside = module.beside(count, n_weights, here)
         beside.move()
-        for update in beside.updates.values():
+        for who, update in beside.updates.items():
+            begin = time.perf_counter()
             update()
-        began.append((size, time.perf_counter() - begin))
+            began[who].append((size, time.perf_counter() - begin))
         times = interleaved(
             beside.updates,
             rounds,
@@ -149,11 +169,12 @@ def measure(
         base = ceiling.NAME if ceiling.NAME in times else None
         title = f"A snapshot: {count} tensors, {n_weights / MILLION:g} M float32 weights"
         about = {"kind": "growth", "grows": grows, "size": size}
-        table = Table(title, times, base, absent=beside.absent, about=about)
+        table = Table(title, times, base, absent={**absent, **beside.absent}, about=about)
         table.column("error", errors, "{:.0e}")
         print(table.text(), "\n", flush=True)
-        out.tables.append(table.figures() | {"first calls": began[-1][1], "load": command.load()})
-        del beside, table, update
+        first = {who: began[who][-1][1] for who in beside.updates}
+        out.tables.append(table.figures() | {"first calls": first, "load": command.load()})
+        del beside, table, update, first
         gc.collect()
     return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ceiling
 import keras
@@ -11,20 +11,27 @@ from keras_contenders import CEILING, CONTENDERS, LOOP, NAIVE, uniform
 from keras_sets import MovingWeights, Weighted
 
 PACKAGES = ("keras", keras.backend.backend(), "numpy")
-NAMES = (CEILING, 'swa_keras, nonfinite="keep"', 'swa_keras, nonfinite="skip"', LOOP, NAIVE)
-# Of the weights: themselves, an average for each, C's own weights, the list of get_weights.
-COPIES = 1 + len(NAMES) + 2
+OURS = 'swa_keras, nonfinite="skip"'
+# Of the weights, measured; see ``growth.affordable``.
+COPIES = {
+    "": 2.6,
+    OURS: 1,
+    'swa_keras, nonfinite="keep"': 1,
+    CEILING: 2,
+    LOOP: 1,
+    NAIVE: 2,
+}
 
 
-def beside(count: int, n_weights: int) -> Beside:
-    """So many variables of so many weights in all."""
+def beside(count: int, n_weights: int, names: Sequence[str]) -> Beside:
+    """So many variables of so many weights in all, averaged by these."""
     model = Weighted([(n_weights // count,)] * count, "float32")
     weights = MovingWeights(model)
     absent = {} if (why := ceiling.missing()) is None else {CEILING: why}
     running = {
         who.name: who.build(model)
         for who in CONTENDERS
-        if who.name in NAMES and who.name not in absent
+        if who.name in names and who.name not in absent
     }
 
     def errors() -> Mapping[str, float]:

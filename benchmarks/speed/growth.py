@@ -61,6 +61,11 @@ def left_out(part: str, grown: Sequence[Mapping[str, Any]]) -> list[str]:
     for axis in grown:
         for size, why in axis["left_out"].items():
             out.append(f"{part}: {size} {axis['grows']} {why}")
-        absent = {who: why for table in axis["tables"] for who, why in table["absent"].items()}
-        out.extend(f"{part}, {axis['grows']}: {who}: {why}" for who, why in absent.items())
+        sizes: dict[tuple[str, str], list[int]] = {}
+        for table in axis["tables"]:
+            for who, why in table["absent"].items():
+                sizes.setdefault((who, why), []).append(table["size"])
+        for (who, why), of in sizes.items():
+            some = "" if len(of) == len(axis["tables"]) else f" {', '.join(map(str, of))}"
+            out.append(f"{part},{some} {axis['grows']}: {who}: {why}")
     return out

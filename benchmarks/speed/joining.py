@@ -103,7 +103,7 @@ def entries(part: str, tables: Iterable[Figures]) -> list[Entry]:
                 out.append(Entry(*about, table["base"], ratio(table, name, table["base"])))
             peer = best_peer(table, name)
             averages = is_ours(name) or is_peer(name)
-            if averages and peer is not None and peer != name and how_often(name) != "never":
+            if averages and peer is not None and peer != name:
                 out.append(Entry(*about, BEST, ratio(table, name, peer)))
     return out
 

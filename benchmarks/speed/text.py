@@ -38,7 +38,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     >>> print(table([["a", "b"], ["long one", "x|y"]]))
     | a        | b    |
     |----------|------|
-    | long one | x\\\\|y |
+    | long one | x\\|y |
     """
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]

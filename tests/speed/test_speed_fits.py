@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import optimize
 from speed.fits import exponent, per_tensor
 from speed.growth import curves, left_out
 
@@ -53,6 +54,17 @@ def test_few_tensors_count_as_much_as_many():
     assert 1.0 < per_tensor(counts, seconds).value < 1.05
 
 
+def test_a_line_and_its_error_are_those_of_scipy():
+    counts = np.array([10, 30, 100, 300, 1000])
+    seconds = (1e-4 + 3e-6 * counts) * [1.02, 0.97, 1.05, 0.95, 1.01]
+    value, covariance = optimize.curve_fit(
+        lambda n, a, b: a + b * n / 1e6, counts, seconds, p0=(1e-4, 3.0), sigma=seconds
+    )
+    found = per_tensor(counts, seconds)
+    assert found.value == pytest.approx(value[1], rel=1e-4)
+    assert found.error == pytest.approx(math.sqrt(covariance[1, 1]), rel=1e-3)
+
+
 def test_two_points_are_too_few():
     assert exponent([1, 2], [1, 2]) is None
     assert per_tensor([1, 2], [1, 2]) is None
@@ -63,7 +75,7 @@ def grown(rounds_of):
         {
             "grows": "tensors",
             "fixed": 10,
-            "left_out": {"10000": "its first calls would take about 9 minutes"},
+            "left_out": {"10000": "it is ill"},
             "tables": [
                 {"size": n, "rows": {"ours": {"rounds": rounds_of(n)}}, "absent": {"it": "ill"}}
                 for n in (10, 100, 1000)
@@ -82,8 +94,10 @@ def test_a_curve_is_made_of_the_medians_of_its_rounds():
 
 
 def test_what_growth_left_out_is_said():
-    said = left_out("optax", grown(lambda n: [1.0, 1.0, 1.0]))
-    assert said == [
-        "optax: 10000 tensors its first calls would take about 9 minutes",
+    axes = grown(lambda n: [1.0, 1.0, 1.0])
+    axes[0]["tables"][2]["absent"]["other"] = "no memory"
+    assert left_out("optax", axes) == [
+        "optax: 10000 tensors it is ill",
         "optax, tensors: it: ill",
+        "optax, 1000 tensors: other: no memory",
     ]

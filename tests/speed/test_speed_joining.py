@@ -184,3 +184,13 @@ def test_memory_of_checkpoints_is_in_copies_of_one():
     assert (row.who, row.snapshot.median, row.best.median, row.peak) == ("swa average", 4, 0.5, 0.1)
     assert other.is_best
     assert Ratio(1, 2, 3).text() == "2.00 (1.00-3.00)"
+
+
+def test_the_last_table_of_what_is_asked_for_is_taken():
+    def of(what, seconds):
+        rounds = {"cat of the same files": [1.0] * 2, "swa average": [seconds] * 2}
+        return {**table("checkpoints", what, rounds, "cat of the same files"), "MB": 1.0}
+
+    tables = [of("float32, ours alone", 2.0), of("float32", 3.0), of("bfloat16", 4.0)]
+    (row,) = join("checkpoints", tables)
+    assert row.snapshot.median == 3.0
