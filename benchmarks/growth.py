@@ -5,7 +5,7 @@
 From 1 M to 500 M float32 weights in 100 tensors, and from 10 to 10 000 tensors of 10 M weights in
 all; Keras on the backend that KERAS_BACKEND names. All contenders stand beside each other and run
 in turn, so the largest size takes up to 24 GB: who has no memory is left out, and who would take
-longer than two minutes to compile, each with the reason. Weights change before each
+longer than 90 s to compile, each with the reason. Weights change before each
 round, and averages are compared with float64 after the timing.
 """
 
@@ -34,7 +34,7 @@ TENSORS = 100
 COUNTS = [10, 30, 100, 300, 1000, 3000, 10_000]
 WEIGHTS = 10 * MILLION
 # Who would take longer than this to compile is left out, going by the size before [s].
-PATIENCE = 120.0
+PATIENCE = 90.0
 # Of the memory that is free, what may be asked for.
 SHARE_OF_MEMORY = 0.85
 TOLERANCE = 1e-6

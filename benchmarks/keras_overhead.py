@@ -1,6 +1,6 @@
 """What averaging costs in Keras, beside Keras' own and what people write, on every backend.
 
-    python benchmarks/keras_overhead.py [--backend jax] [--rounds 25] [--json FILE] [--quick]
+    python benchmarks/keras_overhead.py [--backend jax] [--rounds 25] [--memory swap] [--json FILE]
 
 Trainings with ``fit``; a snapshot alone, in ratios to a loop in C; swapping; batches that take no
 snapshot; memory and page faults, from processes of their own. Keras has one backend in a process,
@@ -28,6 +28,8 @@ import machine
 
 BACKENDS = ("tensorflow", "jax", "torch")
 DTYPES = ("float32", "bfloat16")
+# Each of them takes a process for each contender, and so most of the time where rounds are few.
+MEMORY = ("fit", *DTYPES, "swap")
 LEGEND = """\
 x: ratio to the base, median and quartiles of the rounds; fastest: that of the fastest rounds, which
 other work disturbs the least. error: relative, to float64 (of swapping: absolute, of a value).
@@ -36,8 +38,14 @@ while the call runs; swapped, while the model holds the average. faults: minor p
 update."""
 
 
-def measure(rounds: int, *, tiny: bool) -> list[dict[str, Any]]:
-    """All tables of the backend of this process, printed as they come."""
+def measure(rounds: int, memory: list[str], *, tiny: bool) -> list[dict[str, Any]]:
+    """All tables of the backend of this process, printed as they come.
+
+    Args:
+      rounds: that count.
+      memory: of which of MEMORY it is measured.
+      tiny: whether all is small.
+    """
     import ceiling
     import keras
     import keras_fit
@@ -61,6 +69,8 @@ def measure(rounds: int, *, tiny: bool) -> list[dict[str, Any]]:
 
     def add(out: Table, of: str, headings: dict[str, str]) -> None:
         """What the contenders' own processes say, as columns."""
+        if of not in memory:
+            return
         left_out = {CEILING, *((keras_fit.PLAIN, EMA) if of == "fit" else ())}
         names = [name for name in out.times if name not in left_out]
         if tiny:
@@ -107,14 +117,19 @@ def in_a_process(backend: str, arguments: list[str]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = command.parser(__doc__, rounds=25)
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="default: all three")
+    parser.add_argument(
+        "--memory", default=",".join(MEMORY), help="of which it is measured (default: all)"
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    memory = command.chosen(parser, "--memory", options.memory, MEMORY)
     about = machine.description(["keras", *BACKENDS, "numpy"])
     if options.here:
-        tables = measure(command.rounds(options), tiny=options.quick)
+        tables = measure(command.rounds(options), memory, tiny=options.quick)
     else:
         print(LEGEND, "\n", flush=True)
-        arguments = ["--rounds", str(options.rounds), *(["--quick"] if options.quick else [])]
+        arguments = ["--rounds", str(options.rounds), "--memory", options.memory]
+        arguments += ["--quick"] if options.quick else []
         tables = [
             table
             for backend in options.backend or BACKENDS

@@ -1,6 +1,6 @@
 """What averaging costs, side by side: every overhead benchmark, one table, and its history.
 
-    python benchmarks/speed.py [--quick] [--only torch,keras-jax] [--rounds 15] [--growth]
+    python benchmarks/speed.py [--quick] [--only torch,keras-jax] [--rounds 10] [--growth]
 
 Each benchmark runs in a process of its own; what has been measured in the folder of the run is not
 measured again as long as its code, its options and the packages are the same, so that a run that
@@ -22,7 +22,7 @@ from pathlib import Path
 import machine
 from speed import page, plots, text
 from speed.comparing import Comparison, compare
-from speed.parts import CHECKPOINTS, FRAMEWORKS, QUICK, parts
+from speed.parts import CHECKPOINTS, FRAMEWORKS, GROWING, QUICK, parts
 from speed.run import Run, from_json, store, stored
 from speed.running import disturbed, run
 
@@ -40,7 +40,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     add("--only", help=f"of {', '.join(FRAMEWORKS)}, {CHECKPOINTS} (default: all but the last)")
     add("--checkpoints", action="store_true", help="checkpoints on disk, too")
     add("--growth", action="store_true", help="1 M to 500 M weights, and 10 to 10 000 tensors, too")
-    add("--rounds", type=int, help="that count (default: each benchmark's own, 5 to 25)")
+    add("--rounds", type=int, default=10, help="that count (default: 10)")
     add("--quick", action="store_true", help="next to nothing: whether all runs, no figures")
     add("--run", type=Path, metavar="FOLDER", help="of the run (default: out/speed/ and the date)")
     add("--results", type=Path, metavar="FOLDER", help=f"stored runs (default: {_shown(RESULTS)})")
@@ -55,8 +55,10 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--only: unknown {sorted(unknown)}; known are {', '.join(known)}")
     if options.checkpoints and CHECKPOINTS not in options.names:
         options.names.append(CHECKPOINTS)
-    if options.rounds is not None and options.rounds < 2:
-        parser.error("--rounds: quartiles need two rounds at least")
+    if options.rounds < 3:
+        parser.error("--rounds: quartiles need three rounds at least")
+    growing = options.names if options.only else GROWING
+    options.growing = [name for name in growing if name != CHECKPOINTS] if options.growth else []
     # What is tiny, or not all, goes beside the parts and not into the repository.
     whole = not options.quick and not options.only
     name = f"{date.today()}-quick" if options.quick else str(date.today())
@@ -75,7 +77,7 @@ def measured(options: argparse.Namespace) -> Run:
     about = machine.description([])
     about = {key: about[key] for key in ("cpu", "cores", "memory", "system", "python", "versions")}
     result = Run(str(date.today()), said(options), options.quick, about)
-    todo = parts(options.names, quick=options.quick, with_growth=options.growth)
+    todo = parts(options.names, options.growing, quick=options.quick)
     records = []
     for number, part in enumerate(todo, start=1):
         print(f"[{number}/{len(todo)}] {part.title} ... ", end="", flush=True)
@@ -95,7 +97,7 @@ def said(options: argparse.Namespace) -> list[str]:
     """The command that measures the same, without folders of this machine."""
     out = ["speed.py"]
     out += ["--only", options.only] if options.only else []
-    out += ["--rounds", str(options.rounds)] if options.rounds else []
+    out += [] if options.quick else ["--rounds", str(options.rounds)]
     flags = ("checkpoints", "growth", "quick")
     return [*out, *(f"--{flag}" for flag in flags if getattr(options, flag))]
 

@@ -12,6 +12,8 @@ FOLDER = Path(__file__).parents[1]
 BACKENDS = ("tensorflow", "jax", "torch")
 FRAMEWORKS = ("torch", *(f"keras-{backend}" for backend in BACKENDS), "optax")
 CHECKPOINTS = "checkpoints"
+# Keras' three grow alike; the others when they are asked for.
+GROWING = ("torch", "keras-jax", "optax")
 # Whether all runs can be seen on one backend of Keras.
 QUICK = ("torch", "keras-jax", "optax")
 
@@ -44,13 +46,11 @@ class Part:
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
         return f"NOT INSTALLED: {', '.join(absent)}" if absent else None
 
-    def arguments(self, rounds: int | None, json: Path, *, quick: bool) -> list[str]:
+    def arguments(self, rounds: int, json: Path, *, quick: bool) -> list[str]:
         """The whole command."""
         script, *options = self.command
-        out = [sys.executable, str(FOLDER / script), *options, "--json", str(json)]
-        if quick:
-            return [*out, "--quick"]
-        return out if rounds is None else [*out, "--rounds", str(rounds)]
+        size = ["--quick"] if quick else ["--rounds", str(rounds)]
+        return [sys.executable, str(FOLDER / script), *options, *size, "--json", str(json)]
 
 
 def overhead(name: str, *, quick: bool) -> Part:
@@ -64,9 +64,11 @@ def overhead(name: str, *, quick: bool) -> Part:
         options = ("--weights", "8.4", "--tables", "steps,constant,snapshots,skipped")
         return Part(name, ("optax_overhead.py", *options), ("jax", "optax"))
     if name == CHECKPOINTS:
-        return Part(name, ("checkpoint_average.py",), ("safetensors", "torch"))
+        return Part(name, ("checkpoint_average.py", "--slow-rounds", "3"), ("safetensors", "torch"))
     backend = name.removeprefix("keras-")
-    return Part(name, ("keras_overhead.py", "--backend", backend), ("keras", backend))
+    # Of a snapshot alone, as in the others; of all it takes minutes.
+    memory = ("--memory", "float32")
+    return Part(name, ("keras_overhead.py", "--backend", backend, *memory), ("keras", backend))
 
 
 def growth(name: str) -> Part:
@@ -77,9 +79,13 @@ def growth(name: str) -> Part:
     return Part(name, ("growth.py", framework), needs, True, environment)
 
 
-def parts(names: list[str], *, quick: bool, with_growth: bool) -> list[Part]:
-    """All parts of a run, in the order in which they run."""
+def parts(names: list[str], growing: list[str], *, quick: bool) -> list[Part]:
+    """All parts of a run, in the order in which they run.
+
+    Args:
+      names: the benchmarks.
+      growing: those of which growth is measured, too.
+      quick: whether all is tiny.
+    """
     out = [overhead(name, quick=quick) for name in names]
-    if with_growth:
-        out += [growth(name) for name in names if name != CHECKPOINTS]
-    return out
+    return out + [growth(name) for name in growing]

@@ -23,7 +23,7 @@ BUSY = 0.15
 LOADED = 0.5
 
 
-def run(part: Part, folder: Path, rounds: int | None, *, quick: bool) -> dict[str, Any]:
+def run(part: Part, folder: Path, rounds: int, *, quick: bool) -> dict[str, Any]:
     """What a part gave: measured now, or before in this folder.
 
     Returns:

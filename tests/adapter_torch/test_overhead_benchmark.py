@@ -65,6 +65,11 @@ def test_all_contenders_are_measured_or_said_to_be_missing(tmp_path):
         ].keys()
     assert {'swa_torch, nonfinite="keep"', "AveragedModel"} <= in_and_out["rows"].keys()
     assert {"swa_torch", "the bare optimizer's step"} <= skipped["rows"].keys()
+    trainings = [table for table in found["tables"] if table["kind"] == "training"]
+    assert [table["of"] for table in trainings] == ["SGD, 0.0 M", "Adam, 0.0 M"]
+    for table in trainings:
+        assert {*OURS, *here, "plain training", "swa_torch, never due"} <= table["rows"].keys()
+        assert table["rows"]['swa_torch, nonfinite="keep"']["error"] < 1e-6
 
 
 def test_a_wrong_average_is_not_timed_in_silence():

@@ -90,20 +90,20 @@ def test_a_part_that_failed_says_why_and_is_run_again(script, tmp_path):
     counter, fail = script
     part = Part("torch", ("part.py",), ())
     fail.touch()
-    record = running.run(part, tmp_path / "run", None, quick=True)
+    record = running.run(part, tmp_path / "run", 3, quick=True)
     assert "part.py ended with 1: out of luck" in record["failed"]
     result = a_run(rows=[], parts=[])
     result.add(record)
     assert "out of luck" in text.joined(result)
     assert "FAILED" in text.parts(result)
     fail.unlink()
-    assert "found" in running.run(part, tmp_path / "run", None, quick=True)
+    assert "found" in running.run(part, tmp_path / "run", 3, quick=True)
     assert counter.read_text() == "2"
 
 
 def test_what_is_not_installed_is_said(tmp_path):
     part = Part("torch", ("part.py",), ("no_such_package", "sys"))
-    record = running.run(part, tmp_path, None, quick=True)
+    record = running.run(part, tmp_path, 3, quick=True)
     assert record["failed"] == "NOT INSTALLED: no_such_package"
     result = a_run(rows=[], parts=[], left_out=[])
     result.add(record)
