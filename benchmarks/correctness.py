@@ -1,0 +1,99 @@
+"""Is the average right? Ours and every peer on the same scripted trainings: ``--help`` says how.
+
+Prints a table whose cells are numbers or observed behaviours, each from running the real package in
+a process of its own. ``--only`` names families: see ``correctness/registry.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import machine
+from correctness.questions import PARTS
+from correctness.registry import ALSO, FAMILIES, QUICK, Family
+from correctness.running import Row, ask
+from correctness.tables import as_markdown, for_terminal
+
+SNAPSHOTS, QUICK_SNAPSHOTS = 10_000, 30
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parsed(arguments)
+    chosen = [
+        family
+        for family in FAMILIES
+        if (family.name in given.only if given.only else not given.quick or family.name in QUICK)
+    ]
+    snapshots = QUICK_SNAPSHOTS if given.quick else SNAPSHOTS
+    found: dict[str, list[Row]] = {}
+    absent: dict[str, str] = {}
+    for family, rows in ask(chosen, snapshots, given.jobs):
+        print(f"{family.name}: {rows if isinstance(rows, str) else 'asked'}", file=sys.stderr)
+        if isinstance(rows, str):
+            absent[family.name] = rows
+        else:
+            found[family.name] = rows
+    results = collected(chosen, found, absent, snapshots)
+    print(for_terminal(results))
+    if given.json:
+        given.json.write_text(json.dumps(results, indent=1) + "\n")
+    if given.markdown:
+        given.markdown.parent.mkdir(parents=True, exist_ok=True)
+        given.markdown.write_text(as_markdown(results))
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few snapshots, Keras on jax alone")
+    parser.add_argument("--json", type=Path, help="where to write the answers")
+    parser.add_argument("--markdown", type=Path, help="where to write the page")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=[family.name for family in FAMILIES],
+        metavar="PEER",
+        help="ask this one alone; may be given again: "
+        + ", ".join(family.name for family in FAMILIES),
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once (default: 1)")
+    return parser.parse_args(arguments)
+
+
+def collected(
+    chosen: list[Family], found: dict[str, list[Row]], absent: dict[str, str], snapshots: int
+) -> dict[str, Any]:
+    """All of it as JSON has it, rows in the order of the families."""
+    packages = sorted({package for family in chosen for package in family.packages} | set(ALSO))
+    return {
+        "command": " ".join([f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
+        "machine": machine.description(packages),
+        "snapshots": snapshots,
+        "parts": [
+            {
+                "title": part.title,
+                "questions": [{"title": it.title, "asks": it.asks} for it in part.questions],
+            }
+            for part in PARTS
+        ],
+        "rows": [
+            {
+                **asdict(row),
+                "cells": {title: cell._asdict() for title, cell in row.cells.items()},
+            }
+            for family in chosen
+            for row in found.get(family.name, [])
+        ],
+        "absent": absent,
+    }
+
+
+if __name__ == "__main__":
+    main()

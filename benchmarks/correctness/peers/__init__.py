@@ -1,0 +1,1 @@
+"""A file for each package or family; each has a list ``PEERS``."""
