@@ -64,8 +64,8 @@ def as_markdown(results: dict[str, Any]) -> str:
         "Every cell comes from running the package in a process of its own, on the same scripted "
         "trainings, as its documentation says; code compared what came out with what should "
         "(`benchmarks/correctness/`). **Bold** is what the question's own text calls not right; "
-        "`-` is a question that does not apply, and why. Where a peer has an option against a trap, "
-        "the option has a row.",
+        "`-` is a question that does not apply, and why. Where a peer has an option against a "
+        "trap, the option has a row.",
     ]
     for part in results["parts"]:
         titles = [question["title"] for question in part["questions"]]
