@@ -38,13 +38,20 @@ def main(arguments: list[str] | None = None) -> None:
             absent[family.name] = rows
         else:
             found[family.name] = rows
-    results = collected(chosen, found, absent, snapshots)
+        results = collected(chosen, found, absent, snapshots)
+        write(results, given)  # each time: a run that is stopped leaves what it had
     print(for_terminal(results))
-    if given.json:
-        given.json.write_text(json.dumps(results, indent=1) + "\n")
-    if given.markdown:
-        given.markdown.parent.mkdir(parents=True, exist_ok=True)
-        given.markdown.write_text(as_markdown(results))
+
+
+def write(results: dict[str, Any], given: argparse.Namespace) -> None:
+    """Into the files that are asked for."""
+    for file, text in (
+        (given.json, json.dumps(results, indent=1) + "\n"),
+        (given.markdown, as_markdown(results)),
+    ):
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:

@@ -261,8 +261,9 @@ class KerasPeer(Peer):
         optimizer, callbacks = self.make(None)
         model, layer = model_of(script, optimizer)
         model.fit(data_of(script), verbose=0, callbacks=callbacks, **self._length(script, 1))
+        kept = self.kept(model)
         live = {address(layer.kernel), address(layer.bias)}
-        return {"after fit": any(address(each) in live for each in self.kept(model))}
+        return {"after fit": any(address(each) in live for each in kept)}
 
     @staticmethod
     def _length(script: Script, epochs: int) -> dict[str, int]:
