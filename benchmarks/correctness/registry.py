@@ -15,6 +15,8 @@ class Family:
       packages: what is to be installed, as pip calls it.
       imports: what is imported for it.
       environment: variables of its process.
+      slow: whether each of its trainings takes seconds (compilation, a Trainer), so that the quick
+        command asks few questions.
     """
 
     name: str
@@ -22,14 +24,15 @@ class Family:
     packages: tuple[str, ...]
     imports: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
+    slow: bool = False
 
 
 def _keras(backend: str, package: str) -> tuple[Family, Family]:
     environment = {"KERAS_BACKEND": backend}
     needs = (("keras", package), ("keras", backend))
     return (
-        Family(f"swa_keras-{backend}", "ours_keras", *needs, environment),
-        Family(f"keras-{backend}", "keras_ema", *needs, environment),
+        Family(f"swa_keras-{backend}", "ours_keras", *needs, environment, slow=True),
+        Family(f"keras-{backend}", "keras_ema", *needs, environment, slow=True),
     )
 
 
@@ -42,19 +45,19 @@ OURS = [
     Family("swa_core", "ours_core", ("ml_dtypes",), ("ml_dtypes",)),
     Family("swa_torch", "ours_torch", ("torch",), ("torch",)),
     *(ours for ours, _ in _KERAS),
-    Family("swa_optax", "ours_optax", ("optax", "flax"), ("optax", "flax")),
+    Family("swa_optax", "ours_optax", ("optax", "flax"), ("optax", "flax"), slow=True),
 ]
 OTHERS = [
     Family("averaged_model", "torch_averaged_model", ("torch",), ("torch",)),
     Family("torchcontrib", "torchcontrib_swa", ("torchcontrib",), ("torchcontrib",)),
-    Family("lightning", "lightning_callbacks", ("lightning",), ("lightning",)),
+    Family("lightning", "lightning_callbacks", ("lightning",), ("lightning",), slow=True),
     Family("timm", "timm_ema", ("timm",), ("timm",)),
     Family("ema-pytorch", "ema_pytorch_ema", ("ema-pytorch",), ("ema_pytorch",)),
     Family("torch-ema", "torch_ema_ema", ("torch-ema",), ("torch_ema",)),
     Family("schedulefree", "schedulefree_sgd", ("schedulefree",), ("schedulefree",)),
     *(theirs for _, theirs in _KERAS),
     Family("optax", "optax_averages", ("optax",), ("optax",)),
-    Family("flax", "flax_ema", ("flax",), ("flax",)),
+    Family("flax", "flax_ema", ("flax",), ("flax",), slow=True),
 ]
 FAMILIES = [*OURS, *OTHERS]
 # Keras runs the same code on every backend; the quick command takes one.

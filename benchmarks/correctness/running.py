@@ -44,27 +44,33 @@ def missing(family: Family) -> str | None:
     return None
 
 
-def ask(families: Iterable[Family], snapshots: int, jobs: int) -> Iterator[tuple[Family, Any]]:
+def ask(
+    families: Iterable[Family], snapshots: int, jobs: int, *, quick: bool
+) -> Iterator[tuple[Family, Any]]:
     """The rows of each family as soon as they are there, or the words why there are none.
 
     Args:
       families: who is asked.
       snapshots: how many the long trainings have.
       jobs: how many processes at once.
+      quick: whether slow families are asked few questions.
     """
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(ask_one, family, snapshots): family for family in families}
+        running = {
+            pool.submit(ask_one, family, snapshots, quick=quick): family for family in families
+        }
         for done in as_completed(running):
             yield running[done], done.result()
 
 
-def ask_one(family: Family, snapshots: int) -> list[Row] | str:
+def ask_one(family: Family, snapshots: int, *, quick: bool = False) -> list[Row] | str:
     """The rows of a family, or why there are none.
 
     A process that dies leaves the question it was at; the next process begins behind it.
     """
     if (why := missing(family)) is not None:
         return why
+    options = ["--snapshots", str(snapshots), *(["--quick"] if quick else [])]
     deadline = time.monotonic() + LIMIT
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "answers.jsonl"
@@ -72,7 +78,9 @@ def ask_one(family: Family, snapshots: int) -> list[Row] | str:
         answered = 0
         while True:
             file.unlink(missing_ok=True)
-            died = _run(family, file, snapshots, answered, deadline - time.monotonic())
+            died = _run(
+                family, file, [*options, "--skip", str(answered)], deadline - time.monotonic()
+            )
             number, pending, finished = _read(file, family, rows)
             answered += number
             if finished:
@@ -85,7 +93,7 @@ def ask_one(family: Family, snapshots: int) -> list[Row] | str:
             answered += 1
 
 
-def _run(family: Family, file: Path, snapshots: int, skip: int, limit: float) -> str:
+def _run(family: Family, file: Path, options: list[str], limit: float) -> str:
     """Runs the process to its end; the last words of one that failed."""
     command = [sys.executable, "-m", "correctness.child", family.name, str(file)]
     here = [str(Path(__file__).parents[1]), *sys.path]
@@ -98,7 +106,7 @@ def _run(family: Family, file: Path, snapshots: int, skip: int, limit: float) ->
     }
     try:
         done = subprocess.run(
-            [*command, "--snapshots", str(snapshots), "--skip", str(skip)],
+            [*command, *options],
             env=environment,
             capture_output=True,
             text=True,

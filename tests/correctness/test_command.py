@@ -22,14 +22,17 @@ TITLES = [question.title for part in PARTS for question in part.questions]
 def test_quick_asks_the_core(tmp_path):
     paths = [str(SCRIPT.parent), *sys.path]
     options = ["--quick", "--only", "swa_core", "--json", "a.json", "--markdown", "docs/a.md"]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *options],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
-        capture_output=True,
-        text=True,
-    )
+    how = {
+        "cwd": tmp_path,
+        "env": {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+        "capture_output": True,
+        "text": True,
+    }
+    done = subprocess.run([sys.executable, str(SCRIPT), *options], **how)
     assert done.returncode == 0, done.stderr
+    assert "swa_core: asked" in done.stderr
+    again = subprocess.run([sys.executable, str(SCRIPT), *options, "--keep"], **how)
+    assert (again.stdout, again.stderr) == (done.stdout, "")  # kept, so nobody is asked
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["command"].startswith("benchmarks/correctness.py --quick")
     assert found["machine"]["versions"]["numpy"]
@@ -68,14 +71,14 @@ def test_a_crash_is_an_answer_and_the_others_follow(tmp_path, monkeypatch):
     )
     skips = []
 
-    def run(family, file, snapshots, skip, limit):
-        skips.append(skip)
+    def run(family, file, options, limit):
+        skips.append(options[-1])
         file.write_text("".join(f"{json.dumps(entry)}\n" for entry in next(entries)))
         return "signal 11"
 
     monkeypatch.setattr(running, "_run", run)
     (row,) = running.ask_one(by_name("swa_core"), 10)
-    assert skips == [0, 2]
+    assert skips == ["0", "2"]
     assert {title: cell.text for title, cell in row.cells.items()} == {
         "a": "x",
         "b": "process ended: signal 11",

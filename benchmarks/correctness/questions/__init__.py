@@ -34,11 +34,13 @@ class Question:
       title: of its column.
       asks: what it means and what is right, for the legend.
       ask: the answer of a peer; the number is how many snapshots long trainings have.
+      always: whether the quick command asks it of slow peers, too.
     """
 
     title: str
     asks: str
     ask: Callable[[Peer, int], Cell]
+    always: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,20 @@ PARTS = (
     Part(
         "The average itself",
         (
-            Question("rule", accuracy.RULE_ASKS, lambda peer, _: Cell(peer.rule.name)),
+            Question("rule", accuracy.RULE_ASKS, lambda peer, _: Cell(peer.rule.name), always=True),
             *(
                 Question(dtype, accuracy.ASKS.format(dtype=dtype), accuracy.of_dtype(dtype))
                 for dtype in ("float32", "bfloat16", "float16")
             ),
             Question("bfloat16 is kept in", accuracy.KEPT_ASKS, accuracy.kept_in),
-            Question("one NaN snapshot", nonfinite.ASKS, nonfinite.ask),
+            Question("one NaN snapshot", nonfinite.ASKS, nonfinite.ask, always=True),
         ),
     ),
     Part(
         "What is in it",
         (
             Question("integer buffer", integers.ASKS, integers.ask),
-            Question("tied weights", tied.ASKS, tied.ask),
+            Question("tied weights", tied.ASKS, tied.ask, always=True),
             Question("batch norm, ragged batches", batch_norm.ASKS, batch_norm.ask),
             Question("compiled model", names.ASKS, names.ask),
         ),
@@ -74,7 +76,7 @@ PARTS = (
     Part(
         "When",
         (
-            Question("start 10, every 4", counting.ASKS, counting.ask),
+            Question("start 10, every 4", counting.ASKS, counting.ask, always=True),
             Question("before the first snapshot", beginning.ASKS, beginning.ask),
             Question("memory of the average", memory.ASKS, memory.ask),
         ),
