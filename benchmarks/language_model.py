@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.report:
         results = run(options)
         options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(results.to_dict(), indent=1, allow_nan=False)
+        text = json.dumps(results.to_dict(), allow_nan=False)
         stored.write_text(text + "\n", encoding="utf-8")
     try:
         found = json.loads(stored.read_text(encoding="utf-8"))

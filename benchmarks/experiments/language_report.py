@@ -68,7 +68,7 @@ def _method(results: Results) -> str:
     plan, text = results.plan, results.about["text"]
     network, training, parts = plan.network, plan.training, text["characters"]
     budgets = ", ".join(map(str, plan.budgets))
-    averages = ", ".join(plan.averages)
+    averages = "; ".join(plan.averages)
     parameters = results.runs[0][1]["parameters"]
     passes = plan.budgets[-1] * training["batch"] * network["context"] / parts["training"]
     return f"""\
@@ -82,8 +82,8 @@ budget is {passes:.1f} passes over the text. Every arm of a budget makes the sam
 updates ({budgets}) from the same initial weights on the same batches, after the same warm-up of \
 {training["warmup"]} updates, over {len(results.seeds)} seeds.
 
-Along one training `swa_torch.SWA` keeps all of {averages} (half-lives in updates, a snapshot \
-every 10), from the `[swa]` tables of \
+Along one training `swa_torch.SWA` keeps {len(plan.averages)} averages ({averages}; \
+half-lives in updates, a snapshot every 10), from the `[swa]` tables of \
 [language.toml](../../benchmarks/experiments/language.toml). The peak rate of every arm, and which \
 average it is, was chosen by the validation loss at the longest budget, with one seed of its own, \
 out of the same rates; the shorter budgets take what was chosen there. The constant rate with a \

@@ -1,27 +1,16 @@
-"""What the tests of the language model experiment share; they import it as its script does."""
+"""What the tests of the language model experiment share: one quicker than its quick one."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def pytest_ignore_collect(collection_path, config):
     # It trains in torch, and schedulefree comes with the ecosystem.
     chosen = {*config.adapters, *config.ecosystems}
     return None if {"torch", "torch-ecosystem"} <= chosen else True
-
-
-@pytest.fixture(autouse=True, scope="package")
-def benchmarks_are_found():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(autouse=True)
