@@ -92,7 +92,7 @@ budget."""
 
 
 def verdicts(results: Results) -> list[str]:
-    """What the differences say, a sentence or two for each budget, and one on adding."""
+    """What the differences say, a sentence or two for each budget, and one on what is beside."""
     said = []
     for budget in results.plan.budgets:
         against = results.difference(CONSTANT_AVERAGED, LINEAR, budget)
@@ -113,6 +113,11 @@ def verdicts(results: Results) -> list[str]:
     said.append(
         f"**On top of linear decay** ({longest} updates) the best average is {relation(added)} "
         f"the last weights."
+    )
+    free = results.difference(SCHEDULE_FREE, LINEAR, longest)
+    said.append(
+        "**Schedule-free AdamW**, which averages at a constant rate too but takes its gradients "
+        f"near the average, is {relation(free)} linear decay ({longest} updates)."
     )
     return said
 

@@ -70,6 +70,8 @@ def test_an_average_above_decay_does_not_replace_it(plan):
     assert "better than decay" not in page
     # Of .5 - .0015 it closes .4.
     assert page.count("It closes 80 % of the distance") == 2
+    # And schedule-free, which ends where the average does.
+    assert "0.0985 nats above (95 % interval +0.0964 to +0.1006) linear decay (40 updates)" in page
     assert "0.4000 nats below" in page
     assert "0.0985 nats above (95 % interval +0.0964 to +0.1006)" in page
     assert "| +0.0985 | +0.0964 to +0.1006 | 0.1250 | 0 of 4 |" in page
