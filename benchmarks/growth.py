@@ -168,7 +168,7 @@ def measure(
             assert error < TOLERANCE, f"{who}: the average is off by {error:.1e}"
         base = ceiling.NAME if ceiling.NAME in times else None
         title = f"A snapshot: {count} tensors, {n_weights / MILLION:g} M float32 weights"
-        about = {"kind": "growth", "grows": grows, "size": size}
+        about = {"kind": "growth", "of": f"{size} {grows}", "grows": grows, "size": size}
         table = Table(title, times, base, absent={**absent, **beside.absent}, about=about)
         table.column("error", errors, "{:.0e}")
         print(table.text(), "\n", flush=True)

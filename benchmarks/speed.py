@@ -23,7 +23,7 @@ import machine
 from speed import page, plots, text
 from speed.comparing import Comparison, compare
 from speed.parts import CHECKPOINTS, FRAMEWORKS, GROWING, QUICK, parts
-from speed.run import Run, from_json, store, stored
+from speed.run import Run, from_json, is_the_same, store, stored
 from speed.running import disturbed, run
 
 ROOT = Path(__file__).parents[1]
@@ -104,12 +104,16 @@ def said(options: argparse.Namespace) -> list[str]:
 
 def compared(result: Run, options: argparse.Namespace) -> Comparison | None:
     """The run beside the one that was asked for, or the last stored one of such a machine."""
-    path = options.against
-    if path is None:
-        path = next(stored(options.results, result.about, quick=result.quick), None)
-        if path is None:
-            return None
-    old = from_json(path.read_text(encoding="utf-8"))
+    if options.against is not None:
+        paths = [options.against]
+    else:
+        paths = stored(options.results, result.about, quick=result.quick)
+    for path in paths:
+        old = from_json(path.read_text(encoding="utf-8"))
+        if options.against is not None or not is_the_same(result, old):
+            break
+    else:
+        return None
     if old.quick != result.quick:
         raise SystemExit(f"{path} is {'' if old.quick else 'no '}quick run: compare like with like")
     names = [part["part"] for part in result.parts if "failed" not in part]

@@ -59,6 +59,7 @@ class Run:
         self.about["versions"] |= found["machine"]["versions"]
         if record["growth"]:
             self.curves += curves(name, found["tables"])
+            self.entries += entries(name, [t for axis in found["tables"] for t in axis["tables"]])
             self.left_out += left_out(name, found["tables"])
         else:
             self.entries += entries(name, found["tables"])
@@ -122,12 +123,21 @@ def stored(folder: Path, about: Mapping[str, Any], *, quick: bool) -> Iterator[P
 
 
 def store(run: Run, folder: Path) -> Path:
-    """Writes a run as ``<date>-<machine>.json``; the second one of a day ends in ``.2``."""
+    """Writes a run as ``<date>-<machine>.json``; the second one of a day ends in ``.2``.
+
+    A run of the same measurements, which were resumed, is written again and is no second one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{run.date}-{machine.short_name(run.about)}"
     path, number = folder / f"{name}.json", 1
-    while path.exists():
+    while path.exists() and not is_the_same(run, from_json(path.read_text(encoding="utf-8"))):
         number += 1
         path = folder / f"{name}.{number}.json"
     path.write_text(to_json(run), encoding="utf-8")
     return path
+
+
+def is_the_same(run: Run, other: Run) -> bool:
+    """Whether all that one of them measured is what the other did: one went on where it stopped."""
+    mine, theirs = set(run.entries), set(other.entries)
+    return bool(theirs) and (mine <= theirs or theirs <= mine)

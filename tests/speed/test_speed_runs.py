@@ -42,9 +42,13 @@ def test_a_run_is_read_as_it_was_written():
 
 
 def test_the_last_run_of_such_a_machine_is_found(tmp_path):
+    def another(number):
+        ratio = Ratio(1.0, 2.0, 3.0 + number)
+        return a_run(entries=[Entry("torch", "snapshot", "x", "swa_torch", "C loop", ratio)])
+
     first = store(a_run(date="2026-11-09"), tmp_path)
     second = store(a_run(), tmp_path)
-    again = [store(a_run(), tmp_path) for _ in range(9)][-1]
+    again = [store(another(number), tmp_path) for number in range(1, 10)][-1]
     store(a_run(quick=True, date="2026-11-25"), tmp_path)
     other = store(a_run(date="2026-11-26", about={**a_run().about, "cores": 64}), tmp_path)
     assert second.name == "2026-11-24-amd-epyc-2-cores.json"
@@ -53,6 +57,16 @@ def test_the_last_run_of_such_a_machine_is_found(tmp_path):
     assert again.name == "2026-11-24-amd-epyc-2-cores.10.json"
     assert (found[0], found[-2], found[-1]) == (again, second, first)
     assert len(list(stored(tmp_path, ABOUT, quick=True))) == 1
+
+
+def test_a_run_that_went_on_takes_the_place_of_what_it_began_with(tmp_path):
+    new = Entry("optax", "snapshot", "x", "swa_optax", "C loop", Ratio(1.0, 2.0, 3.0))
+    more = [*a_run().entries, new]
+    path = store(a_run(), tmp_path)
+    assert store(a_run(entries=more), tmp_path) == path
+    assert from_json(path.read_text()).entries == more
+    measured_again = a_run(entries=[more[0]._replace(ratio=Ratio(1.0, 2.0, 3.1))])
+    assert store(measured_again, tmp_path) != path
 
 
 @pytest.fixture
