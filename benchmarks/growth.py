@@ -108,16 +108,16 @@ def affordable(
 
 
 def too_slow(began: Sequence[tuple[int, float]], size: int) -> str | None:
-    """Why a contender is left out: its first call, which compiles, would take too long.
+    """Why a contender is left out: its first calls, which compile, would take too long.
 
     Args:
-      began: sizes and the seconds of its first call, so far.
+      began: sizes and the seconds of its first two calls, so far.
       size: the next one.
 
     >>> too_slow([], 10_000)
     >>> too_slow([(1000, 10.0)], 3000)
     >>> too_slow([(1000, 10.0), (3000, 90.0)], 10_000)
-    'its first call would take about 17 minutes, as they grow (90 s at 3000)'
+    'its first calls would take about 17 minutes, as they grow (90 s at 3000)'
     """
     if not began:
         return None
@@ -130,7 +130,7 @@ def too_slow(began: Sequence[tuple[int, float]], size: int) -> str | None:
     if expected <= PATIENCE:
         return None
     return (
-        f"its first call would take about {expected / 60:.0f} minutes, "
+        f"its first calls would take about {expected / 60:.0f} minutes, "
         f"as they grow ({seconds:.0f} s at {last})"
     )
 
@@ -152,11 +152,16 @@ def measure(
             print(f"{size} {grows} are left out: {out.left_out[size]}\n", flush=True)
             continue
         beside = module.beside(count, n_weights, here)
-        beside.move()
-        for who, update in beside.updates.items():
-            begin = time.perf_counter()
-            update()
-            began[who].append((size, time.perf_counter() - begin))
+        # The first snapshot may be a copy; then the second one compiles.
+        first = dict.fromkeys(beside.updates, 0.0)
+        for _ in range(2):
+            beside.move()
+            for who, update in beside.updates.items():
+                begin = time.perf_counter()
+                update()
+                first[who] += time.perf_counter() - begin
+        for who, seconds in first.items():
+            began[who].append((size, seconds))
         times = interleaved(
             beside.updates,
             rounds,
@@ -172,7 +177,6 @@ def measure(
         table = Table(title, times, base, absent={**absent, **beside.absent}, about=about)
         table.column("error", errors, "{:.0e}")
         print(table.text(), "\n", flush=True)
-        first = {who: began[who][-1][1] for who in beside.updates}
         out.tables.append(table.figures() | {"first calls": first, "load": command.load()})
         del beside, table, update, first
         gc.collect()
