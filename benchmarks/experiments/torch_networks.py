@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from experiments import paper_networks
 from experiments.networks import BN_EPSILON, BN_KEEP, NETWORKS, VGG, PreResNet, weights
 
 
@@ -57,6 +58,8 @@ def _preresnet(network: PreResNet, channels: int) -> Iterator[nn.Module]:
 
 def build(name: str, channels: int, classes: int, seed: int) -> nn.Module:
     """A network that holds the initial weights of a seed."""
+    if name in paper_networks.NETWORKS:
+        return paper_networks.build(name, channels, classes, seed)
     leaves = weights(name, channels, classes, seed)
     network = NETWORKS[name]
     build_body = _vgg if isinstance(network, VGG) else _preresnet
