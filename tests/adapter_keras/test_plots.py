@@ -210,7 +210,7 @@ def test_training_goes_on_as_if_nothing_had_been_measured(call):
 
 
 def test_inside_averaged_the_average_stays(trained):
-    model, swa, first, second = trained
+    model, swa, first, _ = trained
     average = swa.averaged_weights
     before = everything(model)
     with swa.averaged(model, bn_data=X):
