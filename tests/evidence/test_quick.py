@@ -19,6 +19,23 @@ COMMANDS = {
         ["cifar10", "--cache", "cache", "--results", ".", "--docs", "."],
         ["landscape-cifar10.json", "landscape-cifar10.md", "landscape-cifar10.png"],
     ),
+    "start_and_every": (
+        ["--cache", "cache", "--out", "."],
+        ["start_and_every-digits.json", "start-and-every.md", "start-and-every-digits.png"],
+    ),
+    "language_model": (
+        ["--cache", "cache", "--out", ".", "--docs", "."],
+        ["language_model.json", "language-model.md", "language-model.png"],
+    ),
+    "correctness": (
+        ["--json", "correctness.json", "--markdown", "correctness.md"],
+        ["correctness.json", "correctness.md"],
+    ),
+    # Of one framework: those of the others are run in quick form by their own adapters' tests.
+    "speed": (
+        ["--only", "torch", "--growth", "--run", "run", "--results", ".", "--page", "speed.md"],
+        ["speed.md", "speed-growth.png"],
+    ),
 }
 
 
