@@ -4,6 +4,7 @@ from swa_optax.accumulating import accumulate, init
 from swa_optax.batch_norm import update_bn
 from swa_optax.files import load_average, save_average
 from swa_optax.learning_rate import swa_lr
+from swa_optax.plots import loss_line, loss_plane, loss_rays
 from swa_optax.reading import averaged_params, finalize, n_averaged, n_skipped
 from swa_optax.saving import state_from_dict, state_to_dict
 from swa_optax.transform import swa
@@ -15,6 +16,9 @@ __all__ = [
     "finalize",
     "init",
     "load_average",
+    "loss_line",
+    "loss_plane",
+    "loss_rays",
     "n_averaged",
     "n_skipped",
     "save_average",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.tree_util import Partial
 
-from swa_core import BatchNormError, SWAWarning
+from swa_core import BatchNormError, NonFiniteStatisticsError, SWAWarning
 from swa_optax.batches import Size, weighted
 from swa_optax.equinox_batch_norm import as_kept, equinox_pairs, is_equinox_state
 from swa_optax.nnx_batch_norm import Forward, functional, numbered, put_back
@@ -125,7 +125,7 @@ def _recomputed(
             new |= {mean: pooled[mean].mean, var: pooled[mean].var}
     for path, leaf in new.items():
         if not np.isfinite(leaf).all():
-            raise BatchNormError(
+            raise NonFiniteStatisticsError(
                 f"the new statistics '{path}' hold NaN or Inf.",
                 hint="look for them in the data and in the averaged parameters.",
             )
