@@ -25,7 +25,7 @@ def draw(sweep: Sweep, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rates = sweep.rates
-    figure = Figure(figsize=(4.9 * len(rates), 9.6), layout="constrained")
+    figure = Figure(figsize=(4.9 * len(rates), 10.2), layout="constrained")
     panels = figure.subplots(len(BETTER), len(rates), squeeze=False)
     for row, metric in zip(panels, BETTER, strict=True):
         for panel, rate in zip(row, rates, strict=True):
@@ -33,10 +33,11 @@ def draw(sweep: Sweep, path: Path) -> None:
             panel.set_title(f"{NAMES[metric]}, rate: {rate}", fontsize="medium")
     figure.suptitle(
         f"{sweep.result['dataset']}, test images, means of {len(sweep.result['seeds'])} seeds. "
-        "In each cell: average minus last weights of the same training; below it, minus those of "
-        "the annealed training.\n"
-        f"Yellow is better. Solid frame: best on held-out images; {MARK}: not worse than it beyond "
-        "noise; dashed frame: the default.",
+        "Yellow is better.\n"
+        "In each cell: average minus last weights of the same training;\n"
+        "below it, minus those of the annealed training.\n"
+        f"Solid frame: best on held-out images; {MARK}: not worse than it beyond noise;\n"
+        "dashed frame: the default.",
         fontsize="medium",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
