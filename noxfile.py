@@ -78,9 +78,10 @@ def docs(session: nox.Session) -> None:
     files = ["examples/record.py", "examples/report.py"]
     files += [
         f"benchmarks/{name}.py"
-        for name in ("timing", "reference", "torch_reference", "torch_sets", "keras_sets")
+        for name in ("timing", "reference", "torch_reference", "torch_sets", "keras_sets", "growth")
     ]
-    files += ["benchmarks/checkpoint_sets.py"]
+    files += ["benchmarks/checkpoint_sets.py", "benchmarks/command.py", "benchmarks/machine.py"]
+    files += ["benchmarks/correctness", "benchmarks/experiments", "benchmarks/speed"]
     files += [f"benchmarks/optax_{name}.py" for name in ("contenders", "snapshots", "training")]
     session.run("pytest", "--doctest-modules", "swa_core", "adapters", *files, env=env)
     # Without the ecosystem, which this session does not install.

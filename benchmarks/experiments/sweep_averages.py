@@ -18,7 +18,7 @@ class Averages:
 
     Schedules of the same snapshots share one average.
 
-    >>> averages = Averages([Schedule(1, 1), Schedule(2, 2), Schedule(2, 3)], np.zeros(1), 3)
+    >>> averages = Averages([Schedule(1, 1), Schedule(2, 2), Schedule(2, 3)], np.zeros(1, "f"), 3)
     >>> for value in (1, 2, 3):
     ...     averages.update(np.full(1, value, np.float32))
     >>> {tuple(taken): state.average["weights"].item() for taken, state in averages.states.items()}

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from experiments.scores import score
 from experiments.statistics import paired
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 VALUES = st.lists(st.integers(-50, 50).map(lambda n: n / 8), min_size=2, max_size=8)
 
 
+@settings(deadline=None)  # scipy is imported in the first
 @given(VALUES)
 def test_p_is_the_share_of_all_sign_patterns(differences):
     found = paired(differences, [0.0] * len(differences))
@@ -21,6 +22,7 @@ def test_p_is_the_share_of_all_sign_patterns(differences):
     assert found.mean == pytest.approx(np.mean(differences))
 
 
+@settings(deadline=None)
 @given(VALUES, VALUES)
 def test_order_of_the_two_turns_the_sign_alone(a, b):
     n = min(len(a), len(b))
