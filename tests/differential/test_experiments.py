@@ -38,7 +38,7 @@ def images(network: str) -> Images:
         cycle_high=0.01,
         cycle_low=0.001,
         momentum=0.9,
-        weight_decay=5e-4,
+        weight_decay=5e-2,  # so much that its absence shows
         ema_decay=0.8,
         shift=1,
         flip=True,
@@ -104,7 +104,7 @@ def test_trainings_are_the_same(network, arm):
         wanted = wanted or found
         assert found[0] == wanted[0], name
         for ours, theirs in zip(leaves, wanted[1], strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3, err_msg=name)
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-4, err_msg=name)
         # torch keeps the unbiased variance, Keras and JAX the biased one.
         np.testing.assert_allclose(found[2], wanted[2], rtol=0, atol=0.05, err_msg=name)
 
