@@ -107,6 +107,17 @@ def verdicts(results: Results) -> list[str]:
                 f" It closes {-100 * helped.mean / gap.mean:.0f} % of the distance from those last "
                 "weights to linear decay."
             )
+        # Whose length fits one budget need not fit another.
+        chosen = results.chosen[CONSTANT_AVERAGED.name].reading
+        names = [chosen, *results.plan.averages]
+        best = min(names, key=lambda name: sum(results.losses(CONSTANT_AVERAGED, budget, name)))
+        if best != chosen:
+            hindsight = results.difference(CONSTANT_AVERAGED, LINEAR, budget, reading=best)
+            sentence += (
+                f" Which average it is was chosen at {results.plan.budgets[-1]} updates; in "
+                f'hindsight, by the test loss itself, "{best}" is the best one here, and '
+                f"{relation(hindsight)} linear decay."
+            )
         said.append(sentence)
     longest = results.plan.budgets[-1]
     added = results.difference(LINEAR_AVERAGED, LINEAR, longest)

@@ -83,9 +83,11 @@ class Results:
         ]
         return [float("nan") if loss is None else loss for loss in found]
 
-    def difference(self, arm: Arm, other: Arm, budget: int) -> Paired:
-        """How much higher an arm's loss is than another's, seed by seed."""
-        ours, theirs = self.losses(arm, budget), self.losses(other, budget)
+    def difference(
+        self, arm: Arm, other: Arm, budget: int, *, reading: str | None = None
+    ) -> Paired:
+        """How much higher an arm's loss (or another reading's of it) is, seed by seed."""
+        ours, theirs = self.losses(arm, budget, reading), self.losses(other, budget)
         if any(map(math.isnan, ours + theirs)):  # of a training that diverged
             return Paired(math.nan, math.nan, math.nan, math.nan, len(ours))
         return paired(ours, theirs)

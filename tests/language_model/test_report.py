@@ -89,6 +89,18 @@ def test_what_the_seeds_do_not_tell_apart_is_said_so(plan):
     assert "within noise of (-0.0000 nats" in page or "within noise of (+0.0000 nats" in page
 
 
+def test_another_average_that_fits_a_budget_better_is_named_as_hindsight(plan):
+    results = results_with(plan, average=1.6, linear=1.5)
+    assert "hindsight" not in report.page(results)
+    for run, result in results.runs:
+        if run.schedule == "constant":
+            result["losses"]["20"]["EMA, half-life 30"] = 1.4 + 0.001 * run.seed
+    page = report.page(results)
+    said = '"EMA, half-life 30" is the best one here, and 0.1000 nats below'
+    assert page.count("hindsight") == page.count(said) == 1
+    assert page.count("here averaging does not replace decay") == 2
+
+
 def test_a_seed_that_diverged_is_said(plan):
     results = results_with(plan, average=1.6, linear=1.5)
     for run, result in results.runs:
