@@ -82,7 +82,9 @@ def pytest_ignore_collect(collection_path, config):
     # Differential tests compare all adapters with each other; the others have a folder each.
     needed = {HERE / f"adapter_{adapter}": {adapter} for adapter in NEEDS}
     needed[HERE / "differential"] = set(NEEDS)
-    needed[HERE / "evidence"] = set(NEEDS)
+    # The evidence is of all of them, and computes with scipy.
+    for folder in ("correctness", "evidence", "experiments", "speed"):
+        needed[HERE / folder] = set(NEEDS)
     needed[HERE / "ecosystem_torch"] = {"torch-ecosystem"}
     chosen = {*config.adapters, *config.ecosystems}
     return True if needed.get(collection_path, set()) - chosen else None
