@@ -141,7 +141,7 @@ def test_a_valley_has_no_barrier():
 
 
 def test_a_barrier_with_a_hole_is_unknown():
-    assert np.isnan(line_of([0, 0.5, 1], [1, np.nan, 1]).barrier().height)
+    assert np.isnan(line_of([0, 0.5, 1], [1, np.nan, 1]).barrier()).all()
     assert line_of([0, 0.5, 1, 2], [1, 2, 1, np.nan]).barrier().height == 1
 
 
@@ -252,7 +252,7 @@ def test_a_rise_beyond_the_rays_is_infinite_and_spoils_the_mean():
 
 
 def test_a_hole_before_a_rise_is_unknown_and_one_behind_is_nothing():
-    rise = rays_of([[0, np.nan, 2, 3], [0, 2, np.nan, np.nan]]).rise(1)
+    rise = rays_of([[0, np.nan, 0, 3], [0, 2, np.nan, np.nan]]).rise(1)
     assert np.isnan(rise.radii[0])
     assert rise.radii[1] == 0.5
     assert np.isnan(rise.median)
