@@ -35,5 +35,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         panel.set_title(NAMES[framework])
         panel.set_xlabel("epoch")
     panels[0].set_ylabel("test error [%], one seed")
+    # What rises far above it at a high rate would flatten all the rest.
+    best = min(line.get_ydata().min() for panel in panels for line in panel.lines)
+    panels[0].set_ylim(0.95 * best, 1.8 * best)
     panels[-1].legend(fontsize="x-small")
     figure.savefig(path, dpi=110)

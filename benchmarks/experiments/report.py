@@ -70,6 +70,7 @@ COMPARISONS = (
     ("SWA against annealed SGD, both at 1.25 budgets", LONGER, SGD_LONGER),
     ("SWA cyclical against constant", CYCLICAL, SWA),
     ("SWA against EMA, constant rate", SWA, EMA),
+    ("EMA, constant rate, against annealed SGD, equal budget", EMA, SGD),
     ("EMA of annealed SGD against its last weights", SGD_EMA, SGD),
 )
 
