@@ -72,7 +72,9 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Every example in a docstring and the README runs, and prints what it says."""
-    install(session, "--editable", ".[all]", *GROUPS["test"])
+    # With all who average: the benchmarks' files import them.
+    install(session, "--editable", ".[all]", *GROUPS["test"], *GROUPS["bench"])
+    install(session, "--no-deps", *GROUPS["bench-alone"])
     path = os.pathsep.join(["examples", "benchmarks"])
     env = {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": path}
     files = ["examples/record.py", "examples/report.py"]
