@@ -214,7 +214,7 @@ def main() -> None:
                 cache.store(key, around)
             found.append(around)
         about = machine.description(("swa-core", "numpy", "torch"))
-        shown = " --quick" if options.quick else " --data FOLDER"
+        shown = " --quick" if options.quick else f" --data FOLDER --images {options.images}"
         results = {
             "command": f"python benchmarks/landscape.py {experiment.name}{shown}",
             "machine": {key: about[key] for key in ("cpu", "cores", "python", "versions")},

@@ -147,6 +147,8 @@ def agreement(results: Results) -> str:
         + ("the same in every framework and seed." if same and alike else "**they differ**.")
     ]
     names = list(frameworks)
+    if len(names) == 1:
+        return "\n".join([*lines, f"Of {NAMES[names[0]]} alone: there is nothing to compare yet."])
     for title, one, other in COMPARISONS:
         effects = {name: compare(results, name, one, other, "nll") for name in names}
         sure = [name for name in names if not effects[name].low <= 0 <= effects[name].high]

@@ -62,7 +62,7 @@ def test_an_error_raised_by_a_configuration_survives():
 def test_they_are_also_what_python_calls_them():
     assert {kind.__name__ for kind in PLAIN} == {
         "SWAError", "StructureError", "StateError", "NothingAveragedError", "SwappedError",
-        "BatchNormError",
+        "BatchNormError", "GeometryError", "NonFiniteStatisticsError",
     }  # fmt: skip
     for kind in (ConfigError, swa_core.StructureError, swa_core.StateError):
         assert issubclass(kind, ValueError)
