@@ -71,6 +71,7 @@ def arguments() -> argparse.Namespace:
 
 def tune(experiment: Experiment, options: argparse.Namespace) -> None:
     """Says which rates are best on held-out images; to take them is to write them down."""
+    import machine
     from experiments import images, tuning
     from experiments.cache import Cache
 
@@ -78,7 +79,13 @@ def tune(experiment: Experiment, options: argparse.Namespace) -> None:
     found = tuning.tune(data, Cache(options.cache), lambda line: print(line, flush=True))
     path = options.results / f"tuning-{experiment.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    about = machine.description(("swa-core", "numpy", "torch"))
+    made = {
+        "command": f"python benchmarks/experiment.py {experiment.name} --data FOLDER --tune",
+        "seeds": [tuning.SEED],
+        "machine": {key: about[key] for key in ("cpu", "cores", "python", "versions")},
+    }
+    path.write_text(json.dumps({**made, **found}, indent=1) + "\n", encoding="utf-8")
     print(f"best: {found['best']}; they are taken if they stand in {options.experiment.name}")
 
 
